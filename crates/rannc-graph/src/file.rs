@@ -1,0 +1,169 @@
+//! The JSON form `rannc.graph/1`, and the checks that make a [`Graph`] valid.
+
+use rustc_hash::FxHashSet;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{Batch, Graph, GraphError, Node, NodeId, Value, ValueId, ValueKind};
+
+const FORMAT: &str = "rannc.graph/1";
+
+#[derive(Serialize)]
+struct Written<'a> {
+    format: &'a str,
+    name: &'a str,
+    batch: &'a Batch,
+    values: &'a [Value],
+    nodes: &'a [Node],
+    inputs: &'a [ValueId],
+    outputs: &'a [ValueId],
+}
+
+#[derive(Deserialize)]
+struct Read {
+    name: String,
+    batch: Batch,
+    values: Vec<Value>,
+    nodes: Vec<Node>,
+    inputs: Vec<ValueId>,
+    outputs: Vec<ValueId>,
+}
+
+#[derive(Deserialize)]
+struct Header {
+    format: String,
+}
+
+impl Graph {
+    /// Reads and checks the JSON form.
+    ///
+    /// # Errors
+    ///
+    /// Any [`GraphError`], naming the place.
+    pub fn from_json(text: &str) -> Result<Self, GraphError> {
+        let header: Header = serde_json::from_str(text)?;
+        if header.format != FORMAT {
+            return Err(GraphError::Format { found: header.format, needed: FORMAT });
+        }
+        let read: Read = serde_json::from_str(text)?;
+        Self::new(read.name, read.batch, read.values, read.nodes, read.inputs, read.outputs)
+    }
+
+    /// The JSON form; equal graphs give equal bytes.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(&Written {
+            format: FORMAT,
+            name: &self.name,
+            batch: &self.batch,
+            values: &self.values,
+            nodes: &self.nodes,
+            inputs: &self.inputs,
+            outputs: &self.outputs,
+        })
+        .expect("a graph holds nothing that JSON cannot say")
+    }
+
+    /// A hash of what a plan relies on: operators, wiring, types and sizes, but not the number of
+    /// rows that capture happened to see. Equal on all ranks that run the same model.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut feed = |part: &dyn erased::Json| hash.update(part.json().as_bytes());
+        feed(&self.values);
+        feed(&self.nodes);
+        feed(&self.inputs);
+        feed(&self.outputs);
+        hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+mod erased {
+    /// Anything with a JSON form.
+    pub(super) trait Json {
+        fn json(&self) -> String;
+    }
+
+    impl<T: serde::Serialize> Json for T {
+        fn json(&self) -> String {
+            serde_json::to_string(self).expect("plain data always has a JSON form")
+        }
+    }
+}
+
+/// Checks every rule of a valid graph and returns the producer of each value.
+pub(crate) fn validate(
+    values: &[Value],
+    nodes: &[Node],
+    inputs: &[ValueId],
+    outputs: &[ValueId],
+) -> Result<Vec<Option<NodeId>>, GraphError> {
+    let exists = |id: ValueId, place: &str| {
+        if id.index() < values.len() {
+            Ok(())
+        } else {
+            let num_values = values.len();
+            Err(GraphError::Dangling { place: place.into(), value: id.0, num_values })
+        }
+    };
+    let mut available = vec![false; values.len()];
+    for (value, available) in values.iter().zip(&mut available) {
+        *available = value.is_state();
+        check_value(value)?;
+    }
+    for &id in inputs {
+        exists(id, "`inputs`")?;
+        let value = &values[id.index()];
+        if value.kind != ValueKind::Input {
+            let problem = "is listed as an input but has another kind".into();
+            return Err(GraphError::BadValue { value: value.name.clone(), problem });
+        }
+        available[id.index()] = true;
+    }
+    let mut producers = vec![None; values.len()];
+    let mut keys = FxHashSet::default();
+    for (index, node) in nodes.iter().enumerate() {
+        if !keys.insert(node.key.as_str()) {
+            return Err(GraphError::DuplicateKey { key: node.key.clone() });
+        }
+        let place = format!("node `{}`", node.key);
+        for &id in node.inputs.iter().chain(&node.mutates).chain(&node.aliases) {
+            exists(id, &place)?;
+            if !available[id.index()] {
+                let value = values[id.index()].name.clone();
+                return Err(GraphError::NotOrdered { node: node.key.clone(), value });
+            }
+        }
+        for &id in &node.outputs {
+            exists(id, &place)?;
+            if available[id.index()] {
+                let value = values[id.index()].name.clone();
+                return Err(GraphError::ProducedTwice { node: node.key.clone(), value });
+            }
+            available[id.index()] = true;
+            producers[id.index()] = Some(NodeId::new(index));
+        }
+    }
+    for &id in outputs {
+        exists(id, "`outputs`")?;
+        if !available[id.index()] {
+            let value = values[id.index()].name.clone();
+            return Err(GraphError::NotOrdered { node: "outputs".into(), value });
+        }
+    }
+    Ok(producers)
+}
+
+fn check_value(value: &Value) -> Result<(), GraphError> {
+    if let crate::Rows::Split { dim, outer, inner } = value.rows {
+        let per_row = value.shape.get(dim as usize).map(|size| size.per_row);
+        let expected = i64::try_from(outer.saturating_mul(inner)).unwrap_or(i64::MAX);
+        if per_row != Some(expected) {
+            let problem = format!(
+                "rows are said to lie in dimension {dim} with {outer} x rows x {inner} entries, \
+                 but its sizes are {}",
+                serde_json::to_string(&value.shape).unwrap_or_default()
+            );
+            return Err(GraphError::BadValue { value: value.name.clone(), problem });
+        }
+    }
+    Ok(())
+}

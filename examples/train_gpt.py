@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from gpt import GPT, GPTConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyrannc
 
@@ -56,7 +56,7 @@ def global_batch(
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def build(arguments: argparse.Namespace) -> tuple[GPT, torch.optim.Optimizer]:
+def build(arguments: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model and its optimizer, the same on every process."""
     torch.manual_seed(arguments.seed)
     model = GPT(GPTConfig(layers=arguments.layers, width=arguments.width))
@@ -94,7 +94,9 @@ def train(text: Tensor, arguments: argparse.Namespace) -> list[float]:
 def train_plainly(text: Tensor, arguments: argparse.Namespace) -> list[float]:
     """The same training in one plain PyTorch process."""
     model, optimizer = build(arguments)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator() or device
     model.to(device)
     losses = []
     for step in range(arguments.steps):

@@ -1,7 +1,17 @@
-//! What things cost, in integer nanoseconds and bytes.
+//! What things cost, in integer nanoseconds and bytes: operators, transfers and memory.
 
+mod cluster;
+mod comm;
 mod error;
+mod memory;
+mod model;
+mod profile;
 mod schedule_kind;
 
+pub use cluster::{Cluster, Device};
+pub use comm::Link;
 pub use error::CostError;
+pub use memory::{StageMemory, StageSizes, Training, is_trained, working_bytes};
+pub use model::{AnalyticCosts, CostModel, ProfiledCosts};
+pub use profile::{Calibration, Profile, Sample};
 pub use schedule_kind::ScheduleKind;

@@ -1,0 +1,321 @@
+//! The machines to plan for: devices, their memory and speed, and what joins them.
+//!
+//! A cluster comes from a short text (`a100-40gb:2x8`: two nodes of eight), or from a TOML or JSON
+//! file that lists devices:
+//!
+//! ```toml
+//! name = "lab"
+//! [[devices]]
+//! kind = "v100-32gb"      # a preset fills in what is not given
+//! count = 4               # devices like this one, 1 if not given
+//! node = 0
+//! [inter_node]            # both links default to those of the first device's preset
+//! latency_ns = 30000
+//! bytes_per_second = 1250000000
+//! ```
+//!
+//! # Where the presets come from
+//!
+//! Memory is what torch reports as usable in total. Compute is the data sheet's peak for float32
+//! without tensor cores, which is what torch uses by default; give a higher number for TF32 or
+//! bfloat16 training. Bandwidths are the data sheets' too: `NVLink` in one direction (NVIDIA V100 SXM2,
+//! A100 SXM4, H100 SXM5), between nodes one device's share of the network cards of a DGX-1, DGX A100
+//! or DGX H100. Latencies are the order of magnitude of NCCL. `cpu` is a few cores of a server with
+//! processes joined by gloo.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{CostError, Link};
+
+const GIB: u64 = 1 << 30;
+const GIGA: u64 = 1_000_000_000;
+
+/// The kinds with built-in numbers.
+pub(crate) const PRESET_NAMES: [&str; 5] =
+    ["v100-32gb", "a100-40gb", "a100-80gb", "h100-80gb", "cpu"];
+
+/// One device, driven by one rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// The kind's name.
+    pub kind: String,
+    /// All of its memory.
+    pub memory_bytes: u64,
+    /// Floating-point operations per second at best.
+    pub flops_per_second: u64,
+    /// Bytes per second between the device and its memory.
+    pub memory_bytes_per_second: u64,
+    /// The node it sits in.
+    pub node: u32,
+}
+
+/// The devices by rank, and the two kinds of links.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Cluster {
+    /// For people.
+    pub name: String,
+    /// The device of each rank.
+    pub devices: Vec<Device>,
+    /// Between devices of one node.
+    pub intra_node: Link,
+    /// Between devices of different nodes.
+    pub inter_node: Link,
+}
+
+struct Preset {
+    memory_bytes: u64,
+    flops_per_second: u64,
+    memory_bytes_per_second: u64,
+    intra_node: Link,
+    inter_node: Link,
+}
+
+const fn gpu(
+    memory: u64,
+    gigaflops: u64,
+    memory_gb: u64,
+    nvlink_gb: u64,
+    network_mb: u64,
+) -> Preset {
+    Preset {
+        memory_bytes: memory,
+        flops_per_second: gigaflops * GIGA,
+        memory_bytes_per_second: memory_gb * GIGA,
+        intra_node: Link { latency_ns: 8_000, bytes_per_second: nvlink_gb * GIGA },
+        inter_node: Link { latency_ns: 20_000, bytes_per_second: network_mb * 1_000_000 },
+    }
+}
+
+fn preset(kind: &str) -> Result<Preset, CostError> {
+    Ok(match kind {
+        "v100-32gb" => gpu(34_089_730_048, 15_700, 900, 150, 6_250),
+        "a100-40gb" => gpu(42_506_321_920, 19_500, 1_555, 300, 25_000),
+        "a100-80gb" => gpu(79 * GIB, 19_500, 2_039, 300, 25_000),
+        "h100-80gb" => gpu(79 * GIB, 67_000, 3_350, 450, 50_000),
+        "cpu" => Preset {
+            memory_bytes: 16 * GIB,
+            flops_per_second: 100 * GIGA,
+            memory_bytes_per_second: 20 * GIGA,
+            intra_node: Link { latency_ns: 50_000, bytes_per_second: 2 * GIGA },
+            inter_node: Link { latency_ns: 100_000, bytes_per_second: GIGA },
+        },
+        _ => return Err(CostError::UnknownPreset { found: kind.to_owned() }),
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    name: String,
+    devices: Vec<FileDevice>,
+    intra_node: Option<Link>,
+    inter_node: Option<Link>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileDevice {
+    kind: String,
+    #[serde(default = "one")]
+    count: u32,
+    memory_bytes: Option<u64>,
+    flops_per_second: Option<u64>,
+    memory_bytes_per_second: Option<u64>,
+    #[serde(default)]
+    node: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl Cluster {
+    /// `num_nodes` nodes of `devices_per_node` devices of a preset kind.
+    ///
+    /// # Errors
+    ///
+    /// [`CostError::UnknownPreset`], or [`CostError::BadCluster`] when there is no device.
+    pub fn uniform(kind: &str, num_nodes: u32, devices_per_node: u32) -> Result<Self, CostError> {
+        let numbers = preset(kind)?;
+        let device = |node| Device {
+            kind: kind.to_owned(),
+            memory_bytes: numbers.memory_bytes,
+            flops_per_second: numbers.flops_per_second,
+            memory_bytes_per_second: numbers.memory_bytes_per_second,
+            node,
+        };
+        let devices = (0..num_nodes)
+            .flat_map(|node| (0..devices_per_node).map(move |_| node))
+            .map(device)
+            .collect();
+        Self {
+            name: format!("{kind}:{num_nodes}x{devices_per_node}"),
+            devices,
+            intra_node: numbers.intra_node,
+            inter_node: numbers.inter_node,
+        }
+        .checked()
+    }
+
+    /// Reads `kind:nodesxdevices`, `kind:devices` (one node) or `kind` (one device).
+    ///
+    /// # Errors
+    ///
+    /// [`CostError::ClusterText`] or [`CostError::UnknownPreset`].
+    pub fn parse(text: &str) -> Result<Self, CostError> {
+        let bad = || CostError::ClusterText { found: text.to_owned() };
+        let count = |digits: &str| match digits.parse::<u32>() {
+            Ok(count) if (1..=1 << 16).contains(&count) => Ok(count),
+            _ => Err(bad()),
+        };
+        let (kind, size) = text.trim().split_once(':').unwrap_or((text.trim(), "1x1"));
+        let (nodes, devices) = size.split_once('x').unwrap_or(("1", size));
+        Self::uniform(kind, count(nodes)?, count(devices)?)
+    }
+
+    /// Reads the TOML form.
+    ///
+    /// # Errors
+    ///
+    /// [`CostError::Toml`], [`CostError::UnknownPreset`] or [`CostError::BadCluster`].
+    pub fn from_toml(text: &str) -> Result<Self, CostError> {
+        Self::from_file(toml::from_str(text)?)
+    }
+
+    /// Reads the JSON form.
+    ///
+    /// # Errors
+    ///
+    /// [`CostError::Json`], [`CostError::UnknownPreset`] or [`CostError::BadCluster`].
+    pub fn from_json(text: &str) -> Result<Self, CostError> {
+        let file = serde_json::from_str(text)
+            .map_err(|source| CostError::Json { what: "cluster", source })?;
+        Self::from_file(file)
+    }
+
+    /// The JSON form, every number given.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("a cluster holds nothing that JSON cannot say")
+    }
+
+    /// The least memory that any of the first `num_devices` devices has.
+    pub fn least_memory_bytes(&self, num_devices: usize) -> u64 {
+        let devices = self.devices.iter().take(num_devices);
+        devices.map(|device| device.memory_bytes).min().unwrap_or_default()
+    }
+
+    fn from_file(file: File) -> Result<Self, CostError> {
+        let mut devices = Vec::new();
+        for entry in &file.devices {
+            let device = entry.device()?;
+            devices.extend((0..entry.count).map(|_| device.clone()));
+        }
+        let link =
+            |given: Option<Link>, of: fn(&Preset) -> Link| match (given, file.devices.first()) {
+                (Some(link), _) => Ok(link),
+                (None, Some(first)) => preset(&first.kind).map(|numbers| of(&numbers)),
+                (None, None) => Ok(Link { latency_ns: 0, bytes_per_second: 1 }),
+            };
+        let intra_node = link(file.intra_node, |numbers| numbers.intra_node)?;
+        let inter_node = link(file.inter_node, |numbers| numbers.inter_node)?;
+        Self { name: file.name, devices, intra_node, inter_node }.checked()
+    }
+
+    fn checked(self) -> Result<Self, CostError> {
+        let links = [&self.intra_node, &self.inter_node];
+        let problem = if self.devices.is_empty() {
+            "it has no devices"
+        } else if links.iter().any(|link| link.bytes_per_second == 0) {
+            "a link moves 0 bytes per second"
+        } else if self.devices.iter().any(Device::is_idle) {
+            "a device has no memory or no speed"
+        } else {
+            return Ok(self);
+        };
+        Err(CostError::BadCluster { name: self.name, problem: problem.to_owned() })
+    }
+}
+
+impl Device {
+    fn is_idle(&self) -> bool {
+        [self.memory_bytes, self.flops_per_second, self.memory_bytes_per_second].contains(&0)
+    }
+}
+
+impl FileDevice {
+    fn device(&self) -> Result<Device, CostError> {
+        let given = (self.memory_bytes, self.flops_per_second, self.memory_bytes_per_second);
+        let (memory_bytes, flops_per_second, memory_bytes_per_second) =
+            if let (Some(memory), Some(flops), Some(bandwidth)) = given {
+                (memory, flops, bandwidth)
+            } else {
+                let numbers = preset(&self.kind)?;
+                (
+                    given.0.unwrap_or(numbers.memory_bytes),
+                    given.1.unwrap_or(numbers.flops_per_second),
+                    given.2.unwrap_or(numbers.memory_bytes_per_second),
+                )
+            };
+        let (kind, node) = (self.kind.clone(), self.node);
+        Ok(Device { kind, memory_bytes, flops_per_second, memory_bytes_per_second, node })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cluster, PRESET_NAMES};
+
+    #[test]
+    fn every_preset_has_numbers_and_round_trips() {
+        for kind in PRESET_NAMES {
+            let cluster = Cluster::parse(&format!("{kind}:2x3")).unwrap();
+            assert_eq!(cluster.devices.len(), 6);
+            assert_eq!(cluster.devices[5].node, 1);
+            assert_eq!(Cluster::from_json(&cluster.to_json()).unwrap(), cluster);
+        }
+        assert_eq!(Cluster::parse("cpu").unwrap(), Cluster::parse("cpu:1").unwrap());
+    }
+
+    #[test]
+    fn bad_texts_say_what_is_needed() {
+        let help = |text: &str| {
+            let error = Cluster::parse(text).unwrap_err();
+            format!("{error}\nhint: {}", error.help().unwrap())
+        };
+        insta::assert_snapshot!(help("a100-40gb:0x8"), @r"
+        `a100-40gb:0x8` does not describe a cluster
+        hint: write `kind:nodesxdevices`, for example `a100-40gb:2x8`; the kinds are `v100-32gb`, `a100-40gb`, `a100-80gb`, `h100-80gb`, `cpu`
+        ");
+        insta::assert_snapshot!(help("tpu:1x8"), @r"
+        there is no device preset `tpu`
+        hint: use one of `v100-32gb`, `a100-40gb`, `a100-80gb`, `h100-80gb`, `cpu`, or give all numbers in a cluster file
+        ");
+    }
+
+    #[test]
+    fn toml_fills_in_from_presets() {
+        let text = r#"
+            name = "lab"
+            [[devices]]
+            kind = "v100-32gb"
+            count = 2
+            [[devices]]
+            kind = "mine"
+            memory_bytes = 100
+            flops_per_second = 200
+            memory_bytes_per_second = 300
+            node = 1
+            [inter_node]
+            latency_ns = 7
+            bytes_per_second = 9
+        "#;
+        let cluster = Cluster::from_toml(text).unwrap();
+        assert_eq!(cluster.devices.len(), 3);
+        assert_eq!(cluster.least_memory_bytes(3), 100);
+        assert_eq!(cluster.link(0, 2).latency_ns, 7);
+        assert_eq!(cluster.intra_node, Cluster::parse("v100-32gb").unwrap().intra_node);
+        assert!(Cluster::from_toml("devices = []").is_err());
+        assert!(Cluster::from_toml("devices = [{kind = \"mine\"}]").is_err());
+    }
+}

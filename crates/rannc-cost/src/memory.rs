@@ -1,0 +1,169 @@
+//! How much memory a stage takes on each of its devices.
+//!
+//! [`StageSizes`] is what the stage's operators and borders amount to at a number of rows;
+//! [`StageMemory`] is the bill for it: parameters, gradients, optimizer state, what autograd keeps
+//! for each microbatch between its forward and its backward, the largest operator's workspace, and
+//! buffers for transfers.
+
+use fixedbitset::FixedBitSet;
+use rannc_graph::{Graph, NodeId, Users, ValueId, ValueKind};
+use serde::{Deserialize, Serialize};
+
+use crate::profile::scale;
+
+/// What training adds to the model's own memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Training {
+    /// Bytes of optimizer state for each byte of trainable parameter, in millionths.
+    pub optimizer_state_factor_ppm: u64,
+}
+
+impl Default for Training {
+    /// Adam: two numbers for each parameter.
+    fn default() -> Self {
+        Self { optimizer_state_factor_ppm: 2_000_000 }
+    }
+}
+
+/// Byte counts of a stage that runs some number of rows at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StageSizes {
+    /// Parameters, buffers and constants.
+    pub state: u64,
+    /// Parameters that are trained.
+    pub trainable: u64,
+    /// What autograd keeps for the backward of one microbatch.
+    pub saved: u64,
+    /// Inputs of one microbatch, the model's own included.
+    pub received: u64,
+    /// Values of one microbatch that go to or come from other stages, or leave the model.
+    pub exchanged: u64,
+    /// Operands, results and their gradients of the largest operator.
+    pub working: u64,
+}
+
+/// A stage's memory on one device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageMemory {
+    /// Parameters, buffers and constants.
+    pub parameters: u64,
+    /// Gradients of the trained parameters.
+    pub gradients: u64,
+    /// The optimizer's state.
+    pub optimizer: u64,
+    /// Inputs and saved values of all microbatches in flight.
+    pub activations: u64,
+    /// Workspace of the largest operator.
+    pub working: u64,
+    /// Values and gradients on their way to or from other stages.
+    pub buffers: u64,
+}
+
+impl StageMemory {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        let parts = [
+            self.parameters,
+            self.gradients,
+            self.optimizer,
+            self.activations,
+            self.working,
+            self.buffers,
+        ];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
+}
+
+impl StageSizes {
+    /// The sizes of a stage: `nodes` with the non-batch operators they need, at `rows` rows.
+    ///
+    /// # Complexity
+    ///
+    /// Linear in the size of the graph.
+    pub fn of(graph: &Graph, users: &Users, nodes: &FixedBitSet, rows: u64) -> Self {
+        let batch_nodes = graph.batch_nodes();
+        let cut = graph.cut(nodes, users);
+        let bytes = |id: ValueId| graph.value(id).bytes(rows);
+        let sum =
+            |ids: &mut dyn Iterator<Item = ValueId>| ids.map(bytes).fold(0, u64::saturating_add);
+        let received = sum(&mut cut.inputs.iter().copied());
+        let from_stages =
+            sum(&mut cut.inputs.iter().copied().filter(|&id| graph.producer(id).is_some()));
+        let leaves = |id: &ValueId| {
+            let made = graph.producer(*id).expect("a stage's outputs are made by its nodes");
+            batch_nodes.contains(made.index()) || graph.outputs().contains(id)
+        };
+        let sent = sum(&mut cut.outputs.iter().copied().filter(leaves));
+        let ids = || nodes.ones().map(NodeId::new);
+        Self {
+            state: sum(&mut cut.state.iter().copied()),
+            trainable: sum(&mut cut.state.iter().copied().filter(|&id| is_trained(graph, id))),
+            saved: ids().fold(0, |sum, id| sum.saturating_add(graph.node(id).saved_bytes.at(rows))),
+            received,
+            exchanged: from_stages.saturating_add(sent),
+            working: ids().map(|id| working_bytes(graph, id, rows)).max().unwrap_or(0),
+        }
+    }
+
+    /// What one more microbatch in flight adds.
+    pub fn per_microbatch(&self) -> u64 {
+        self.saved.saturating_add(self.received)
+    }
+
+    /// The memory that the stage takes with `in_flight` microbatches between forward and backward.
+    pub fn memory(&self, in_flight: u64, training: &Training) -> StageMemory {
+        StageMemory {
+            parameters: self.state,
+            gradients: self.trainable,
+            optimizer: scale(self.trainable, training.optimizer_state_factor_ppm, 1_000_000),
+            activations: self.per_microbatch().saturating_mul(in_flight),
+            working: self.working,
+            buffers: self.exchanged.saturating_mul(2),
+        }
+    }
+}
+
+/// Whether the value is a parameter that the optimizer changes.
+pub fn is_trained(graph: &Graph, id: ValueId) -> bool {
+    let value = graph.value(id);
+    value.kind == ValueKind::Parameter && value.requires_grad
+}
+
+/// Workspace of one operator: its activations in and out and their gradients, and the gradients of
+/// the parameters it reads before they are added up.
+pub fn working_bytes(graph: &Graph, node: NodeId, rows: u64) -> u64 {
+    let node = graph.node(node);
+    node.inputs.iter().chain(&node.outputs).fold(0, |sum: u64, &id| {
+        let value = graph.value(id);
+        let times = if value.is_state() { u64::from(is_trained(graph, id)) } else { 2 };
+        sum.saturating_add(value.bytes(rows).saturating_mul(times))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use fixedbitset::FixedBitSet;
+    use rannc_graph::testing;
+
+    use super::{StageSizes, Training};
+
+    #[test]
+    fn a_stage_pays_for_state_activations_and_borders() {
+        let graph = testing::chain(4, 8);
+        let mut middle = FixedBitSet::with_capacity(4);
+        middle.insert_range(1..3);
+        let sizes = StageSizes::of(&graph, &graph.users(), &middle, 2);
+        let (weight, activation) = (8 * 8 * 4, 2 * 8 * 4);
+        assert_eq!(sizes.state, 2 * weight);
+        assert_eq!(sizes.received, activation);
+        assert_eq!(sizes.exchanged, 2 * activation);
+        assert_eq!(sizes.working, 4 * activation + weight);
+        let memory = sizes.memory(3, &Training::default());
+        assert_eq!(memory.optimizer, 4 * weight);
+        assert_eq!(memory.activations, 3 * 3 * activation);
+        assert_eq!(
+            memory.total(),
+            8 * weight + 9 * activation + 4 * activation + weight + 4 * activation
+        );
+    }
+}

@@ -1,0 +1,307 @@
+//! The pipeline as the schedule sees it: stages on ranks, the values that flow between them, and the
+//! batch of one step. Nothing here knows operators or tensors.
+
+use std::fmt;
+
+use rannc_graph::Affine;
+use serde::{Deserialize, Serialize};
+
+use crate::ScheduleError;
+
+macro_rules! ids {
+    ($($(#[$doc:meta])* $name:ident),*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub u32);
+
+        impl $name {
+            /// The id of the element at `index`.
+            pub fn new(index: usize) -> Self {
+                Self(u32::try_from(index).expect("a pipeline has fewer than 2^32 elements"))
+            }
+
+            /// The position of this element in its vector.
+            pub fn index(self) -> usize {
+                self.0 as usize
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}", self.0)
+            }
+        }
+    )*};
+}
+
+ids! {
+    /// A part of the model, in topological order.
+    StageId,
+    /// A process.
+    RankId
+}
+
+/// Where a tensor is used or made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// The model inputs that the user handed to each rank. Every rank has one.
+    Source,
+    /// A stage, on each rank that holds a replica.
+    Stage(StageId),
+    /// The model outputs that the user gets on each rank. Every rank has one.
+    Sink,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Source => f.write_str("in"),
+            Self::Stage(stage) => write!(f, "{stage}"),
+            Self::Sink => f.write_str("out"),
+        }
+    }
+}
+
+/// How a value is divided among replicas and microbatches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// By rows.
+    Split,
+    /// Each part has a summand; the value of the batch is their sum.
+    Sum,
+    /// Not at all: it exists as a whole only.
+    Whole,
+}
+
+/// One value that crosses a border, with its producer and all its consumers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// The value's id in the graph.
+    pub value: u32,
+    /// How it is divided.
+    pub transport: Transport,
+    /// Who makes it: the source or a stage.
+    pub from: Place,
+    /// Who uses it: stages or the sink, each named once.
+    pub to: Vec<Place>,
+    /// Whether a gradient flows back from the sink and from every consumer that runs backward.
+    pub gradient: bool,
+    /// Its size as a function of the rows it has.
+    pub bytes: Affine,
+}
+
+/// A part of the model and the ranks that hold a copy of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Its replicas, ascending.
+    pub ranks: Vec<RankId>,
+    /// Whether there is anything to differentiate in it.
+    pub backward: bool,
+}
+
+/// Parameters that exactly these ranks hold, and whose gradients they must add up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GradientGroup {
+    /// How actions name it.
+    pub id: u32,
+    /// The ranks, ascending.
+    pub ranks: Vec<RankId>,
+    /// The stages that use the parameters.
+    pub stages: Vec<StageId>,
+    /// Size of all its gradients.
+    pub bytes: u64,
+}
+
+/// A model cut into stages and placed on ranks.
+///
+/// A rank may host several stages or none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipeline {
+    /// The number of ranks.
+    pub world_size: u32,
+    /// The stages in topological order.
+    pub stages: Vec<Stage>,
+    /// The values that cross borders, each once.
+    pub flows: Vec<Flow>,
+    /// Who adds up which gradients.
+    pub gradient_groups: Vec<GradientGroup>,
+}
+
+/// The batch of one step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Batch {
+    /// The rows that each rank brings.
+    pub rows: Vec<u64>,
+    /// Whether every rank brings its own rows and gets their outputs. If not, only rank 0 brings
+    /// rows (the others have 0 here) and every rank gets the outputs of all of them.
+    pub gather: bool,
+    /// Into how many microbatches the batch is cut.
+    pub microbatches: u64,
+}
+
+/// Whether gradients are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Forward only.
+    Inference,
+    /// Forward and backward.
+    Training,
+}
+
+/// More rows than this in a batch are surely a mistake.
+const MAX_ROWS: u64 = 1 << 40;
+/// More microbatches than this in a step are surely a mistake.
+const MAX_MICROBATCHES: u64 = 1 << 16;
+
+impl Pipeline {
+    /// Whether all parts agree with each other.
+    pub fn validate(&self) -> Result<(), ScheduleError> {
+        for (index, stage) in self.stages.iter().enumerate() {
+            let problem = self.stage_problem(stage);
+            refuse(problem, || format!("stage {index}"))?;
+        }
+        let mut values: Vec<u32> = self.flows.iter().map(|flow| flow.value).collect();
+        values.sort_unstable();
+        for flow in &self.flows {
+            let first = values.partition_point(|&value| value < flow.value);
+            let problem = match values.get(first + 1) {
+                Some(&next) if next == flow.value => Some("it has more than one flow".to_owned()),
+                _ => self.flow_problem(flow),
+            };
+            refuse(problem, || format!("value {}", flow.value))?;
+        }
+        for (index, group) in self.gradient_groups.iter().enumerate() {
+            let problem = self.group_problem(index, group);
+            refuse(problem, || format!("gradient group {}", group.id))?;
+        }
+        Ok(())
+    }
+
+    fn stage_problem(&self, stage: &Stage) -> Option<String> {
+        if stage.ranks.is_empty() {
+            return Some("it has no replica".into());
+        }
+        if !stage.ranks.is_sorted_by(|left, right| left < right) {
+            return Some("its ranks are not ascending".into());
+        }
+        let last = stage.ranks.last()?;
+        (last.0 >= self.world_size)
+            .then(|| format!("it is on rank {last}, but there are {} ranks", self.world_size))
+    }
+
+    fn flow_problem(&self, flow: &Flow) -> Option<String> {
+        if flow.from == Place::Sink {
+            return Some("it comes from the sink".into());
+        }
+        if flow.to.is_empty() {
+            return Some("nobody uses it".into());
+        }
+        for (index, &place) in flow.to.iter().enumerate() {
+            if place == Place::Source {
+                return Some("it flows into the source".into());
+            }
+            if place <= flow.from {
+                return Some(format!("it flows from stage {} back to stage {place}", flow.from));
+            }
+            if flow.to[..index].contains(&place) {
+                return Some(format!("it names its consumer `{place}` twice"));
+            }
+        }
+        for place in flow.to.iter().chain([&flow.from]) {
+            if let Place::Stage(stage) = place
+                && stage.index() >= self.stages.len()
+            {
+                return Some(format!("it names stage {stage} of {}", self.stages.len()));
+            }
+        }
+        if flow.from == Place::Source && flow.transport == Transport::Sum {
+            return Some("a model input cannot be a sum over microbatches".into());
+        }
+        (flow.gradient && !self.differentiates(flow.from))
+            .then(|| format!("its gradient goes to stage {}, which has no backward", flow.from))
+    }
+
+    fn group_problem(&self, index: usize, group: &GradientGroup) -> Option<String> {
+        if self.gradient_groups[..index].iter().any(|other| other.id == group.id) {
+            return Some("its id is used twice".into());
+        }
+        let mut ranks = Vec::new();
+        for stage in &group.stages {
+            let Some(stage) = self.stages.get(stage.index()) else {
+                return Some(format!("it names stage {stage} of {}", self.stages.len()));
+            };
+            ranks.extend_from_slice(&stage.ranks);
+        }
+        ranks.sort_unstable();
+        ranks.dedup();
+        (ranks != group.ranks).then(|| "its ranks are not those of its stages, ascending".into())
+    }
+
+    /// Whether gradients come from, or go to, this place.
+    pub(crate) fn differentiates(&self, place: Place) -> bool {
+        match place {
+            Place::Source | Place::Sink => true,
+            Place::Stage(stage) => self.stages[stage.index()].backward,
+        }
+    }
+
+    /// Whether backward sends a gradient of `flow` from its consumer `to`.
+    pub(crate) fn returns_gradient(&self, flow: &Flow, to: Place) -> bool {
+        flow.gradient && self.differentiates(to)
+    }
+
+    /// Whether this group ever has gradients to add up between ranks.
+    pub(crate) fn reduces(&self, group: &GradientGroup) -> bool {
+        group.ranks.len() > 1
+            && group.stages.iter().any(|stage| self.stages[stage.index()].backward)
+    }
+
+    /// The sums among the outputs that ranks must add up between them.
+    pub(crate) fn reduced_outputs(&self) -> impl Iterator<Item = &Flow> {
+        let several = self.world_size > 1;
+        self.flows.iter().filter(move |flow| {
+            several && flow.transport == Transport::Sum && flow.to.contains(&Place::Sink)
+        })
+    }
+}
+
+impl Batch {
+    /// Whether the batch fits the pipeline and has anything in it.
+    pub fn validate(&self, pipeline: &Pipeline) -> Result<(), ScheduleError> {
+        if self.rows.len() != pipeline.world_size as usize {
+            return Err(ScheduleError::RankCount {
+                found: self.rows.len(),
+                needed: pipeline.world_size,
+            });
+        }
+        if !(1..=MAX_MICROBATCHES).contains(&self.microbatches) {
+            return Err(ScheduleError::Microbatches {
+                found: self.microbatches,
+                limit: MAX_MICROBATCHES,
+            });
+        }
+        let total = self.rows.iter().fold(0u64, |sum, &rows| sum.saturating_add(rows));
+        if !(1..=MAX_ROWS).contains(&total) {
+            return Err(ScheduleError::RowCount { found: total, limit: MAX_ROWS });
+        }
+        let foreign = self.rows.iter().skip(1).position(|&rows| rows > 0);
+        match foreign {
+            Some(index) if !self.gather => Err(ScheduleError::ForeignRows {
+                rank: RankId::new(index + 1),
+                rows: self.rows[index + 1],
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn refuse(problem: Option<String>, place: impl FnOnce() -> String) -> Result<(), ScheduleError> {
+    match problem {
+        Some(problem) => Err(ScheduleError::BadPipeline { place: place(), problem }),
+        None => Ok(()),
+    }
+}

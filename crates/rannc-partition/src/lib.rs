@@ -1,1 +1,27 @@
-//! To be written.
+//! Divides a captured graph into pipeline stages, each with its own number of replicas.
+//!
+//! Three phases, as in the `RaNNC` paper (IPDPS 2021, section III): operators to [`Atoms`], atoms to
+//! [`Blocks`] of similar time with cheap cuts between them, and blocks to stages by dynamic
+//! programming over memory, time and traffic. [`search`] runs all three for every number of stages and
+//! microbatches and returns the best few for a simulator to choose from. [`stages_are_valid`]
+//! checks divisions made by hand, [`assign`] carries one over to another capture of the model.
+
+mod atomic;
+mod block;
+#[cfg(test)]
+mod brute;
+mod error;
+mod interval;
+mod order;
+mod search;
+mod stage;
+mod storage;
+mod table;
+mod union;
+mod valid;
+
+pub use atomic::Atoms;
+pub use block::Blocks;
+pub use error::PartitionError;
+pub use search::{Candidate, Options, StageCandidate, microbatch_candidates, search};
+pub use valid::{assign, stages_are_valid};

@@ -1,0 +1,352 @@
+"""The exported program as one flat graph of tensor operators.
+
+`torch.export` gives a graph with regions (`no_grad`, `autocast`) as nested graphs, size arithmetic
+between the operators, and assertions. Here all of that goes: regions are inlined and each operator
+in one carries its `Scope`; sizes become expressions of `rows` (see `_sizes`); assertions,
+operators that do nothing and operators whose result nobody reads are dropped.
+
+The flat graph has as placeholders the model's tensors, `rows` (how many rows this call has) and
+`row_share` (the part of the whole batch which that is).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ._sizes import ROWS, Symbols, depends_on_rows, expression_text, size
+from .errors import CaptureError
+
+aten = torch.ops.aten
+
+_GRAD_REGION = "wrap_with_set_grad_enabled"
+_AUTOCAST_REGION = "wrap_with_autocast"
+_ASSERTIONS = ("assert", "sym_constrain_range", "_check")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The regions around an operator.
+
+    Attributes:
+        grad: whether gradients are recorded; `None` as the caller has it.
+        autocast: arguments of `torch.autocast` for each device type that a region sets.
+    """
+
+    grad: bool | None = None
+    autocast: tuple[tuple[str, torch.dtype | None, bool], ...] = ()
+
+    def enter_grad(self, enabled: bool) -> Scope:  # noqa: FBT001
+        """The scope inside a `set_grad_enabled` region."""
+        return Scope(enabled, self.autocast)
+
+    def enter_autocast(self, device: str, dtype: torch.dtype | None, enabled: bool) -> Scope:  # noqa: FBT001
+        """The scope inside an `autocast` region."""
+        others = tuple(entry for entry in self.autocast if entry[0] != device)
+        return Scope(self.grad, (*others, (device, dtype, enabled)))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Runs the body inside the regions."""
+        with contextlib.ExitStack() as stack:
+            if self.grad is not None:
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, dtype, enabled in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
+
+
+class Scoped(torch.nn.Module):
+    """An operator called inside its regions."""
+
+    def __init__(self, target: Callable[..., Any], scope: Scope) -> None:
+        super().__init__()
+        self.target = target
+        self.scope = scope
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the operator."""
+        with self.scope.entered():
+            return self.target(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What a node of the flat graph does; in its `meta["operator"]`.
+
+    Attributes:
+        target: the function, without its scope.
+        module: qualified name of the module whose forward called it.
+        scope: the regions around it, if any.
+    """
+
+    target: Callable[..., Any]
+    module: str
+    scope: Scope | None = None
+
+    @property
+    def name(self) -> str:
+        """The operator as torch spells it."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            return str(self.target)
+        return str(getattr(self.target, "__name__", type(self.target).__name__))
+
+    @property
+    def packet(self) -> str:
+        """The name without overload and in-place mark: `aten.add`."""
+        if isinstance(self.target, torch._ops.OpOverload):
+            namespace, _, name = self.target.name().partition("::")
+            return f"{namespace}.{name.split('.')[0].removesuffix('_')}"
+        return self.name
+
+
+def operator_of(node: fx.Node) -> Operator | None:
+    """The operator of a node; `None` for placeholders, state, sizes and `getitem`s."""
+    return node.meta.get("operator")
+
+
+def is_value(node: fx.Node) -> bool:
+    """Whether a node stands for one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def outputs_of(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator makes, as nodes."""
+    if is_value(node):
+        return [node]
+    return [user for user in node.users if user.target is operator.getitem]
+
+
+def tensors_read(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator reads, in argument order, each once."""
+    return [argument for argument in node.all_input_nodes if is_value(argument)]
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The tensors among an operator's arguments that it writes to."""
+    found = operator_of(node)
+    if found is None or not isinstance(found.target, torch._ops.OpOverload):
+        return []
+    written: list[fx.Node] = []
+    schema = found.target._schema
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            passed = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            fx.map_arg(passed, written.append)
+    if found.packet == "aten.batch_norm" and node.args[5]:
+        written += [node.args[i] for i in (3, 4) if isinstance(node.args[i], fx.Node)]
+    if found.packet == "aten.instance_norm" and node.args[5]:
+        written += [node.args[i] for i in (3, 4) if isinstance(node.args[i], fx.Node)]
+    return written
+
+
+class Flattener:
+    """Copies an exported module into a flat graph.
+
+    Attributes:
+        graph: the flat graph.
+        attributes: what its `get_attr` and `call_module` nodes refer to.
+        inputs: its placeholders for the model's tensors.
+        rows: its placeholder for the number of rows.
+        row_share: its placeholder for the share of the batch.
+    """
+
+    def __init__(self, exported: fx.GraphModule, symbols: Symbols, prefix: str) -> None:
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.inputs: list[fx.Node] = []
+        self._symbols = symbols
+        self._prefix = prefix
+        self._sizes: dict[str, fx.Node] = {}
+        for node in exported.graph.nodes:
+            if node.op == "placeholder":
+                copied = self.graph.placeholder(node.name)
+                copied.meta["val"] = node.meta["val"]
+                self.inputs.append(copied)
+        self.rows = self.graph.placeholder("rows")
+        self.row_share = self.graph.placeholder("row_share")
+        arguments = dict(zip(_placeholders(exported), self.inputs, strict=True))
+        results = self._inline(exported, dict(arguments), Scope())
+        self.graph.output(tuple(results))
+        drop_unread(self.graph)
+
+    def module(self, name: str) -> fx.GraphModule:
+        """The flat graph as a module."""
+        return fx.GraphModule(self.attributes, self.graph, name)
+
+    def _inline(self, source: fx.GraphModule, known: dict[fx.Node, Any], scope: Scope) -> list[Any]:
+        for node in source.graph.nodes:
+            if node.op == "get_attr":
+                known[node] = self._attribute(source, str(node.target), node)
+            elif node.op == "call_function":
+                self._call(source, node, known, scope)
+            elif node.op == "output":
+                results = node.args[0]
+                results = results if isinstance(results, (tuple, list)) else [results]
+                return [self._argument(result, known) for result in results]
+        return []
+
+    def _call(
+        self, source: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], scope: Scope
+    ) -> None:
+        name = getattr(node.target, "__name__", "")
+        if name in (_GRAD_REGION, _AUTOCAST_REGION):
+            num_settings = 1 if name == _GRAD_REGION else 4
+            settings, region = node.args[:num_settings], known[node.args[num_settings]]
+            passed = [self._argument(item, known) for item in node.args[num_settings + 1 :]]
+            inner = (
+                scope.enter_grad(settings[0])
+                if name == _GRAD_REGION
+                else scope.enter_autocast(*settings[:3])
+            )
+            inside = dict(zip(_placeholders(region), passed, strict=True))
+            known[node] = tuple(self._inline(region, inside, inner))
+            return
+        value = node.meta.get("val")
+        if _is_number(value):
+            known[node] = self._symbols.expression(value)
+        elif node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
+            known[node] = known[node.args[0]][node.args[1]]
+        elif value is None and any(mark in str(node.target) for mark in _ASSERTIONS):
+            known[node] = None
+        else:
+            known[node] = self._operator(node, known, scope)
+
+    def _operator(self, node: fx.Node, known: dict[fx.Node, Any], scope: Scope) -> fx.Node:
+        args = tuple(self._argument(item, known) for item in node.args)
+        kwargs = {key: self._argument(item, known) for key, item in node.kwargs.items()}
+        if node.target is operator.getitem:
+            copied = self.graph.call_function(operator.getitem, args)
+            copied.meta["val"] = node.meta["val"]
+            return copied
+        same = self._simplified(node, args)
+        if isinstance(same, fx.Node):
+            return same
+        if same is not None:
+            args = same
+        target = aten.squeeze.dims if same is not None else node.target
+        return self.add_operator(
+            Operator(target, self._module_path(node), scope if scope != Scope() else None),
+            args,
+            kwargs,
+            node.meta.get("val"),
+            name=node.name,
+        )
+
+    def add_operator(
+        self,
+        what: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        value: Any,
+        name: str | None = None,
+    ) -> fx.Node:
+        """Adds an operator at the graph's insertion point."""
+        if what.scope is None and not isinstance(what.target, torch.nn.Module):
+            node = self.graph.create_node("call_function", what.target, args, kwargs, name)
+        else:
+            module = what.target if what.scope is None else Scoped(what.target, what.scope)
+            attribute = f"_call_{len(self.attributes)}"
+            self.attributes[attribute] = module
+            node = self.graph.create_node("call_module", attribute, args, kwargs, name)
+        node.meta["val"] = value
+        node.meta["operator"] = what
+        return node
+
+    def _simplified(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | tuple[Any, ...] | None:
+        """The argument itself if an operator does nothing; other arguments for a `squeeze`.
+
+        With one row a `squeeze` must not remove the dimension of the rows.
+        """
+        if not args or not isinstance(args[0], fx.Node) or not is_value(args[0]):
+            return None
+        sizes = self._symbols.shape(args[0].meta["val"])
+        if node.target is aten.slice.Tensor:
+            dim, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+            ends = stop is None or (isinstance(stop, int) and stop >= 2**31) or stop == sizes[dim]
+            return args[0] if start in (None, 0) and ends and step == 1 else None
+        if node.target is aten.squeeze.default:
+            return args[0], [dim for dim, length in enumerate(sizes) if length == 1]
+        if node.target in (aten.squeeze.dim, aten.squeeze.dims):
+            dims = [args[1]] if isinstance(args[1], int) else args[1]
+            dims = [dim % len(sizes) for dim in dims] if sizes else []
+            return args[0], [dim for dim in dims if sizes[dim] == 1]
+        return None
+
+    def _argument(self, argument: Any, known: dict[fx.Node, Any]) -> Any:
+        """An argument with the flat graph's nodes in it."""
+
+        def resolve(node: fx.Node) -> Any:
+            found = known[node]
+            if depends_on_rows(found):
+                return self.size(found)
+            if isinstance(found, sympy.Basic):
+                return float(found)
+            if isinstance(found, fx.GraphModule):
+                return self._submodule(found)
+            return found
+
+        return fx.map_arg(argument, resolve)
+
+    def size(self, expression: sympy.Expr) -> fx.Node:
+        """The node that computes a size."""
+        if expression.free_symbols != {ROWS}:
+            message = f"a size is `{expression}`, which depends on what the tensors hold"
+            raise CaptureError(message)
+        text = expression_text(expression)
+        if text not in self._sizes:
+            with self.graph.inserting_after(self.row_share):
+                node = self.graph.call_function(size, (self.rows, text))
+            node.meta["size"] = expression
+            self._sizes[text] = node
+        return self._sizes[text]
+
+    def _attribute(self, source: fx.GraphModule, target: str, node: fx.Node) -> Any:
+        found: Any = source
+        for part in target.split("."):
+            found = getattr(found, part)
+        if isinstance(found, fx.GraphModule):
+            return found
+        name = target.removeprefix(self._prefix)
+        if name not in self.attributes:
+            self.attributes[name] = found
+        for existing in self.graph.find_nodes(op="get_attr", target=name):
+            return existing
+        copied = self.graph.get_attr(name)
+        copied.meta["val"] = node.meta["val"]
+        return copied
+
+    def _submodule(self, module: fx.GraphModule) -> fx.Node:
+        attribute = f"_graph_{len(self.attributes)}"
+        self.attributes[attribute] = module
+        return self.graph.get_attr(attribute)
+
+    def _module_path(self, node: fx.Node) -> str:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = str(stack[-1][0]).split("@")[0] if stack else ""
+        if path.startswith("_empty_nn_module_stack"):
+            return ""
+        return path.removeprefix(self._prefix.removesuffix(".")).removeprefix(".")
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Removes operators whose results nobody reads and that write to nothing."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or written_arguments(node):
+            continue
+        graph.erase_node(node)
+
+
+def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))

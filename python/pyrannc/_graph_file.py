@@ -1,0 +1,184 @@
+"""Writes the captured graph in the form `rannc.graph/1`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ._flat import Operator, is_value, operator_of, outputs_of, tensors_read
+from ._layout import NONE, WHOLE, Layout, Split, in_json
+from ._measure import Measurements
+from ._rows import RowAnalysis, getattr_path, is_random
+from ._sizes import affine
+
+if TYPE_CHECKING:
+    from ._export import Program
+
+
+class GraphFile:
+    """The graph as plain data.
+
+    Attributes:
+        values: the values in the file's form.
+        value_nodes: the values as nodes of the flat graph.
+        node_by_key: operators by key.
+        hidden_state: state that whole submodules read, by the key of their operator.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        inputs: list[fx.Node],
+        input_names: list[str],
+        analysis: RowAnalysis,
+        facts: Measurements,
+        program: Program,
+        model: torch.nn.Module,
+    ) -> None:
+        self.values: list[dict[str, Any]] = []
+        self.value_nodes: list[fx.Node] = []
+        self.node_by_key: dict[str, fx.Node] = {}
+        self.hidden_state: dict[str, list[str]] = {}
+        self._name = name
+        self._module = module
+        self._analysis = analysis
+        self._facts = facts
+        self._program = program
+        self._ids: dict[fx.Node, int] = {}
+        self._used_names: set[str] = set()
+        self._ordinals: dict[tuple[str, str], int] = {}
+        self._nodes: list[dict[str, Any]] = []
+        self._kinds = _kinds(model)
+        self._add_state()
+        for node, given in zip(inputs, input_names, strict=True):
+            self._add_value(node, "input", given.removeprefix("0.").removeprefix("1."))
+        self._inputs = inputs
+        for node in module.graph.nodes:
+            what = operator_of(node)
+            if what is not None:
+                self._add_operator(node, what)
+        self._outputs = list(module.graph.output_node().args[0])
+
+    def json(self, rows: int) -> str:
+        """The file's text for a batch that had `rows` rows."""
+        batch: dict[str, Any] = {"rows": rows, "splittable": self._analysis.reason is None}
+        if self._analysis.reason is not None:
+            batch["reason"] = self._analysis.reason
+        return json.dumps(
+            {
+                "format": "rannc.graph/1",
+                "name": self._name,
+                "batch": batch,
+                "values": self.values,
+                "nodes": self._nodes,
+                "inputs": [self._ids[node] for node in self._inputs],
+                "outputs": [self._ids[node] for node in self._outputs],
+            }
+        )
+
+    def _add_state(self) -> None:
+        for node in self._module.graph.nodes:
+            if node.op == "get_attr" and is_value(node):
+                name = str(node.target)
+                self._add_value(node, self._kinds.get(name, "constant"), name)
+
+    def _add_value(self, node: fx.Node, kind: str, name: str) -> None:
+        unique, number = name, 1
+        while unique in self._used_names:
+            number += 1
+            unique = f"{name}~{number}"
+        self._used_names.add(unique)
+        facts = self._facts.tensors[node]
+        layout = self._layout(node)
+        self._ids[node] = len(self.values)
+        self.value_nodes.append(node)
+        self.values.append(
+            {
+                "name": unique,
+                "kind": kind,
+                "dtype": facts.dtype,
+                "shape": self._shape(node, layout),
+                "rows": in_json(layout),
+                "requires_grad": facts.requires_grad,
+            }
+        )
+
+    def _layout(self, node: fx.Node) -> Layout:
+        return self._analysis.layouts.get(node, NONE if node.op == "get_attr" else WHOLE)
+
+    def _shape(self, node: fx.Node, layout: Layout) -> list[Any]:
+        sizes = self._program.symbols.shape(node.meta["val"])
+        shape: list[Any] = [affine(length, self._program.rows) for length in sizes]
+        if isinstance(layout, Split) and isinstance(shape[layout.dim], int):
+            # A program for one batch size: its rows are known, not marked.
+            shape[layout.dim] = [shape[layout.dim] // self._program.rows, 0]
+        return shape
+
+    def _add_operator(self, node: fx.Node, what: Operator) -> None:
+        for output in outputs_of(node):
+            self._add_value(output, "activation", output.name)
+        ordinal = self._ordinals.get((what.module, what.name), 0)
+        self._ordinals[what.module, what.name] = ordinal + 1
+        key = f"{what.module}/{what.name}#{ordinal}"
+        self.node_by_key[key] = node
+        facts = self._facts.operators[node]
+        read = [self._ids[tensor] for tensor in tensors_read(node)]
+        written = {
+            "key": key,
+            "op": what.name,
+            "module": what.module,
+            "inputs": read + self._batch_for_random(node, read),
+            "outputs": [self._ids[output] for output in outputs_of(node)],
+            "signature": self._signature(node, what),
+            "flops": facts.flops,
+            "saved_bytes": facts.saved_bytes,
+        }
+        if facts.writes:
+            written["mutates"] = [self._ids[tensor] for tensor in facts.writes]
+        if facts.aliases:
+            written["aliases"] = [self._ids[tensor] for tensor in facts.aliases]
+        self._nodes.append(written)
+
+    def _batch_for_random(self, node: fx.Node, read: list[int]) -> list[int]:
+        """Ties random numbers to the batch: copies of the operator would draw different ones."""
+        depends = any(self.values[value]["kind"] in ("input", "activation") for value in read)
+        if depends or not is_random(node):
+            return []
+        held = [self._ids[n] for n in self._inputs if self._layout(n) is not NONE]
+        return held[:1]
+
+    def _signature(self, node: fx.Node, what: Operator) -> str:
+        """Equal for operators that cost the same: operator, argument types and plain arguments."""
+
+        def described(argument: fx.Node) -> str:
+            if "size" in argument.meta:
+                return str(argument.meta["size"])
+            if argument not in self._ids:
+                return "number"
+            value = self.values[self._ids[argument]]
+            facts = self._facts.tensors[argument]
+            order = "" if facts.contiguous else " strided"
+            gradient = " grad" if value["requires_grad"] else ""
+            return f"{value['dtype']}{json.dumps(value['shape'])}{order}{gradient}"
+
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), described)
+        scope = f" in {what.scope}" if what.scope is not None else ""
+        text = f"{what.name}{args!r}{kwargs!r}{scope}"
+        if len(text) <= 200:
+            return text
+        return f"{what.name}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _kinds(model: torch.nn.Module) -> dict[str, str]:
+    kinds = {name: "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        kinds[name] = "parameter"
+    return kinds
+
+
+__all__ = ["GraphFile", "getattr_path"]

@@ -1,0 +1,225 @@
+"""Runs the flat graph without data, to see what autograd keeps of it.
+
+The graph runs under `FakeTensorMode` with gradients on, at two batch sizes: tensors have shapes and
+types but no memory. That tells, for every operator, which results require gradients, which storages
+its backward keeps, which arguments its results share memory with, and how many floating-point
+operations it takes, each as a line over the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ._flat import is_value, operator_of, outputs_of, tensors_read, written_arguments
+from ._opaque import Opaque
+from ._sizes import Affine, Symbols, at, fit
+
+
+@dataclass(slots=True)
+class TensorFacts:
+    """What is known of a value after a run."""
+
+    dtype: str
+    requires_grad: bool
+    contiguous: bool
+
+
+@dataclass(slots=True)
+class OperatorFacts:
+    """What is known of an operator after the runs."""
+
+    flops: Affine
+    saved_bytes: Affine
+    writes: list[fx.Node]
+    aliases: list[fx.Node]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of the graph."""
+
+    tensors: dict[fx.Node, TensorFacts] = field(default_factory=dict)
+    flops: dict[fx.Node, int] = field(default_factory=dict)
+    saved_bytes: dict[fx.Node, int] = field(default_factory=dict)
+    aliases: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Measurements:
+    """What the runs tell of each value and operator."""
+
+    tensors: dict[fx.Node, TensorFacts]
+    operators: dict[fx.Node, OperatorFacts]
+
+
+def measure(
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    examples: list[torch.Tensor],
+    symbols: Symbols,
+    rows: tuple[int, int],
+) -> Measurements:
+    """Runs `module` at two batch sizes, equal ones if only one is possible.
+
+    Args:
+        module: the flat graph.
+        inputs: its placeholders for the model's tensors.
+        examples: a tensor for each of them: its type, device and `requires_grad` count.
+        symbols: translates symbolic sizes.
+        rows: the batch sizes.
+    """
+    first = _run(module, inputs, examples, symbols, rows[0])
+    second = first if rows[0] == rows[1] else _run(module, inputs, examples, symbols, rows[1])
+
+    def line(node: fx.Node, one: dict[fx.Node, int], other: dict[fx.Node, int]) -> Affine:
+        return one[node] if rows[0] == rows[1] else fit(one[node], other[node], rows)
+
+    for node, aliases in first.aliases.items():
+        node.meta["aliases"], node.meta["writes"] = aliases, first.writes[node]
+    operators = {
+        node: OperatorFacts(
+            flops=line(node, first.flops, second.flops),
+            saved_bytes=line(node, first.saved_bytes, second.saved_bytes),
+            writes=first.writes[node],
+            aliases=first.aliases[node],
+        )
+        for node in first.flops
+    }
+    return Measurements(first.tensors, operators)
+
+
+class _Flops(TorchDispatchMode):
+    """Counts floating-point operations."""
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if count is not None:
+            self.total += int(count(*args, **kwargs, out_val=result))
+        return result
+
+
+class _Saved:
+    """Counts the storages that autograd keeps, each once."""
+
+    def __init__(self, excluded: list[torch.Tensor]) -> None:
+        self.total = 0
+        # Holding the storages keeps their addresses from being used again.
+        self._seen = {t.untyped_storage()._cdata: t.untyped_storage() for t in excluded}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _run(
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    examples: list[torch.Tensor],
+    symbols: Symbols,
+    rows: int,
+) -> _Run:
+    run = _Run()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    known: dict[fx.Node, Any] = {}
+    for node, example in zip(inputs, examples, strict=True):
+        shape = [at(length, rows) for length in symbols.shape(node.meta["val"])]
+        with mode:
+            fake = torch.empty(shape, dtype=example.dtype, device=example.device)
+        known[node] = fake.requires_grad_(example.requires_grad)
+    state = [node for node in module.graph.nodes if node.op == "get_attr" and is_value(node)]
+    for node in state:
+        known[node] = mode.from_tensor(_attribute(module, str(node.target)))
+    saved = _Saved([known[node] for node in state])
+    flops = _Flops()
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+    with mode, flops, hooks, torch.enable_grad():
+        for node in module.graph.nodes:
+            if node in known or node.op == "output":
+                continue
+            before = (flops.total, saved.total)
+            if operator_of(node) is None:
+                known[node] = _auxiliary(module, node, known, rows)
+                continue
+            _operator(module, node, known, run)
+            run.flops[node] = flops.total - before[0]
+            run.saved_bytes[node] = saved.total - before[1]
+    for node, value in known.items():
+        if isinstance(value, torch.Tensor):
+            run.tensors[node] = _facts(value)
+    return run
+
+
+def _auxiliary(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], rows: int) -> Any:
+    """A placeholder that is no tensor, a size, a nested graph or an item of a result."""
+    if node.op == "placeholder":
+        if "example" in node.meta:
+            example = node.meta["example"]
+            return torch.empty(example.shape, dtype=example.dtype, device=example.device)
+        return rows if node.name == "rows" else 1.0
+    if node.op == "get_attr":
+        return _attribute(module, str(node.target))
+    return node.target(*fx.map_arg(node.args, known.__getitem__))
+
+
+def _operator(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], run: _Run) -> None:
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+    read = tensors_read(node)
+    versions = {argument: known[argument]._version for argument in read}
+    target = node.target
+    if node.op == "call_module":
+        target = module.get_submodule(str(node.target))
+        if isinstance(target, Opaque):
+            target = target.without_data
+    result = target(*args, **kwargs)
+    known[node] = result
+    storages = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}
+    run.aliases[node] = [
+        argument for argument in read if known[argument].untyped_storage()._cdata in storages
+    ]
+    written = set(written_arguments(node))
+    run.writes[node] = [
+        argument
+        for argument in read
+        if argument in written or known[argument]._version != versions[argument]
+    ]
+    for output in outputs_of(node):
+        known[output] = result if output is node else result[output.args[1]]
+
+
+def _facts(value: torch.Tensor) -> TensorFacts:
+    return TensorFacts(
+        str(value.dtype).removeprefix("torch."), value.requires_grad, value.is_contiguous()
+    )
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for item in result:
+            yield from _tensors(item)
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    found: Any = module
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found

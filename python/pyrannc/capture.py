@@ -1,0 +1,229 @@
+"""Captures a model: its forward becomes a graph of operators, and the graph becomes JSON.
+
+The road: take the arguments apart (`_structure`), export the program (`_export`), flatten it
+(`_flat`), find how each value depends on the rows of the batch (`_rows`), rewrite reductions over
+the batch into sums (`_losses`), run it without data to see what autograd keeps (`_measure`), and
+write the graph file (`_graph_file`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ._export import Program, export
+from ._flat import Flattener, is_value, operator_of
+from ._graph_file import GraphFile
+from ._layout import NONE, WHOLE, Layout, Split
+from ._losses import Denominator, Rewriter
+from ._measure import measure
+from ._rows import RowAnalysis, analyse, getattr_path
+from ._structure import Structure, flatten
+from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from torch import fx
+
+_EXPORTED_NAME = "model."
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph_json: the graph, in the form `rannc.graph/1`.
+        module: the flat graph, with the user's own parameters and buffers.
+        node_by_key: operators by their keys in the graph.
+        value_names: names of the values, by id.
+        value_nodes: the values as nodes of `module`, by id.
+        state: parameters, buffers and constants by qualified name.
+        hidden_state: names of state that whole submodules read, by the key of their operator.
+        denominators: what each process computes from its inputs before a step; the sums over
+            all processes are the stages' denominators.
+        static_rows: the only number of rows the capture is valid for; `None` for any.
+        batch_inputs: positions of the tensors, among the graph's inputs, that hold rows.
+    """
+
+    graph_json: str
+    module: fx.GraphModule
+    node_by_key: dict[str, fx.Node]
+    value_names: list[str]
+    value_nodes: list[fx.Node]
+    state: dict[str, torch.Tensor]
+    hidden_state: dict[str, list[str]]
+    denominators: list[Denominator]
+    static_rows: int | None
+    batch_inputs: list[int]
+    _arguments: Structure = field(repr=False)
+    _description: str = field(repr=False)
+    _results: Structure = field(repr=False)
+
+    def flatten_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> list[torch.Tensor]:
+        """The tensors of a call, in the order of the graph's inputs.
+
+        Raises:
+            CaptureError: when the call has another form than the captured one.
+        """
+        tensors, _, structure = flatten((args, kwargs or {}))
+        description = _describe(tensors, structure)
+        if description != self._description:
+            message = f"the model is called with {description}, but was captured with "
+            raise CaptureError(message + self._description)
+        return tensors
+
+    def unflatten_outputs(self, tensors: list[torch.Tensor]) -> Any:
+        """What the model returns, made of the graph's outputs."""
+        return self._results.build(tensors)
+
+    def num_rows(self, tensors: list[torch.Tensor]) -> int:
+        """How many rows the tensors of a call hold."""
+        if not self.batch_inputs:
+            return self.static_rows or 1
+        return int(tensors[self.batch_inputs[0]].shape[0])
+
+
+def capture(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    batch_rows_hint: int | None = None,
+) -> Captured:
+    """Captures a model's forward for arguments like these.
+
+    Args:
+        model: the model, in the mode (training or evaluation) to capture.
+        args: positional arguments of one call.
+        kwargs: keyword arguments of the call.
+        batch_rows_hint: the batch size, where the arguments leave it in doubt.
+
+    Raises:
+        CaptureError: when the arguments or results have a form that cannot be taken apart.
+    """
+    kwargs = kwargs or {}
+    tensors, names, structure = flatten((tuple(args), kwargs))
+    rows = batch_rows_hint or batch_size(tensors)
+    program = export(model, tensors, structure, rows)
+    flat = Flattener(program.module, program.symbols, _EXPORTED_NAME)
+    module = flat.module(type(model).__name__)
+    layouts = _input_layouts(flat, program)
+    analysis = analyse(module, layouts, program.symbols)
+    if program.static_reason is not None:
+        _make_static(flat, analysis, program, rows)
+    rewriter = Rewriter(module, flat.inputs, analysis.layouts)
+    rewriter.apply(analysis.rewrites)
+    module.graph.lint()
+    module.recompile()
+    sizes = (program.rows, program.rows if program.static_reason else 2 * program.rows)
+    facts = measure(module, flat.inputs, tensors, program.symbols, sizes)
+    file = GraphFile(
+        type(model).__name__, module, flat.inputs, names, analysis, facts, program, model
+    )
+    return Captured(
+        graph_json=file.json(rows),
+        module=module,
+        node_by_key=file.node_by_key,
+        value_names=[value["name"] for value in file.values],
+        value_nodes=file.value_nodes,
+        state=_state(module),
+        hidden_state=file.hidden_state,
+        denominators=rewriter.denominators,
+        static_rows=rows if program.static_reason is not None else None,
+        batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
+        _arguments=structure,
+        _description=_describe(tensors, structure),
+        _results=program.results,
+    )
+
+
+def batch_size(tensors: list[torch.Tensor]) -> int:
+    """The first dimension of the first tensor that has one."""
+    for tensor in tensors:
+        if tensor.dim() > 0:
+            if tensor.shape[0] == 0:
+                raise CaptureError("the batch is empty", "pass at least one row")
+            return int(tensor.shape[0])
+    if not tensors:
+        raise CaptureError("the model is called without any tensor")
+    return 1
+
+
+def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:
+    """A text that is equal for calls which one capture serves.
+
+    It holds the structure of the arguments, types, sizes but for the batch's, which tensors require
+    gradients, all plain values, and the state of autocast.
+    """
+    tensors, _, structure = flatten((tuple(args), kwargs or {}))
+    rows = batch_size(tensors) if tensors else 0
+    regions = [
+        f"{device}:{torch.get_autocast_dtype(device)}"
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+
+    def leaf(index: int) -> str:
+        tensor = tensors[index]
+        sizes = [str(length) for length in tensor.shape]
+        if sizes and tensor.shape[0] == rows:
+            sizes[0] = "rows"
+        gradient = " with gradient" if tensor.requires_grad else ""
+        return f"{tensor.dtype}[{','.join(sizes)}]@{tensor.device.type}{gradient}"
+
+    return "; ".join([structure.describe(leaf), *regions])
+
+
+def _describe(tensors: list[torch.Tensor], structure: Structure) -> str:
+    return structure.describe(lambda index: f"{tensors[index].dtype}[{tensors[index].dim()}d]")
+
+
+def _input_layouts(flat: Flattener, program: Program) -> dict[fx.Node, Layout]:
+    return {
+        node: Split(0) if index in program.batch_inputs else NONE
+        for index, node in enumerate(flat.inputs)
+    }
+
+
+def _make_static(flat: Flattener, analysis: RowAnalysis, program: Program, rows: int) -> None:
+    """Says that the whole batch is needed at once; rows are told by sizes, where they show."""
+    analysis.reason = analysis.reason or program.static_reason
+    analysis.rewrites.clear()
+    given = dict(zip(flat.inputs, range(len(flat.inputs)), strict=True))
+    for node in flat.graph.nodes:
+        if not is_value(node) or node.op == "get_attr":
+            continue
+        if node in given:
+            continue
+        reads = operator_of(node) or operator_of(node.args[0])
+        if reads is None or not _depends_on(node, program, given):
+            continue
+        shape = node.meta["val"].shape
+        outer = len(shape) > 0 and shape[0] == rows
+        analysis.layouts[node] = Split(0) if outer else WHOLE
+
+
+def _depends_on(node: fx.Node, program: Program, given: dict[fx.Node, int]) -> bool:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        if given.get(item, -1) in program.batch_inputs:
+            return True
+        stack.extend(item.all_input_nodes)
+    return False
+
+
+def _state(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {
+        str(node.target): getattr_path(module, str(node.target))
+        for node in module.graph.nodes
+        if node.op == "get_attr" and is_value(node)
+    }

@@ -1,0 +1,107 @@
+"""Builds the part of a captured model that one stage runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._cut import cut
+from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import fx
+
+    from .capture import Captured
+
+
+class StageModule:
+    """Some operators of a model as a function of the values they need.
+
+    Attributes:
+        inputs: ids of the values it needs.
+        outputs: ids of the values it gives.
+        parameters: the user's own parameters that it uses, by qualified name.
+        buffers: the buffers that it uses, and tensors that capture found in the model's code.
+        module: the operators.
+    """
+
+    def __init__(
+        self, inputs: list[int], outputs: list[int], module: fx.GraphModule, extras: list[str]
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.module = module
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        self._extras = extras
+
+    def __call__(
+        self,
+        values: dict[int, torch.Tensor],
+        rows: int,
+        row_share: float = 1.0,
+        denominators: Sequence[torch.Tensor] = (),
+    ) -> dict[int, torch.Tensor]:
+        """Runs the operators.
+
+        Args:
+            values: the inputs by value id; not kept.
+            rows: how many rows of the batch they hold.
+            row_share: the part of the whole batch which that is.
+            denominators: the whole batch's denominators, see `Captured.denominators`.
+        """
+        extras: list[object] = []
+        for name in self._extras:
+            if name == "rows":
+                extras.append(rows)
+            elif name == "row_share":
+                extras.append(row_share)
+            else:
+                extras.append(denominators[int(name.removeprefix("denominator_"))])
+        results = self.module(*(values[value] for value in self.inputs), *extras)
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def build_stage(
+    captured: Captured, node_keys: Sequence[str], inputs: Sequence[int], outputs: Sequence[int]
+) -> StageModule:
+    """The stage that runs the operators with the given keys.
+
+    Args:
+        captured: the model.
+        node_keys: keys of the stage's operators, in any order.
+        inputs: ids of the values that it is given.
+        outputs: ids of the values that it gives.
+
+    Raises:
+        CaptureError: when an operator needs a value that the stage neither has nor is given.
+    """
+    unknown = [key for key in node_keys if key not in captured.node_by_key]
+    if unknown:
+        message = f"the captured model has no operator `{unknown[0]}`"
+        raise CaptureError(message, "the plan was made for another model; plan again")
+    nodes = captured.value_nodes
+    part = cut(
+        captured.module,
+        [nodes[value] for value in inputs],
+        [nodes[value] for value in outputs],
+        only={captured.node_by_key[key] for key in node_keys},
+        name="Stage",
+    )
+    stage = StageModule(list(inputs), list(outputs), part.module, part.extras)
+    names = [*part.state, *_hidden_state(captured, node_keys)]
+    for name in names:
+        tensor = captured.state[name]
+        if isinstance(tensor, torch.nn.Parameter):
+            stage.parameters[name] = tensor
+        else:
+            stage.buffers[name] = tensor
+    return stage
+
+
+def _hidden_state(captured: Captured, node_keys: Sequence[str]) -> list[str]:
+    """State that is read by whole submodules, not by operators."""
+    return [name for key in node_keys for name in captured.hidden_state.get(key, ())]

@@ -24,7 +24,7 @@ pub enum PartitionError {
     /// More stages times replicas than devices.
     #[error(
         "{num_stages} stages of {num_replicas} replicas need {} devices, but there are {num_devices}",
-        num_stages * num_replicas
+        num_stages.saturating_mul(*num_replicas)
     )]
     TooFewDevices {
         /// Stages asked for, or 1.
@@ -38,7 +38,7 @@ pub enum PartitionError {
     #[error(
         "{microbatches} microbatches over {num_replicas} replicas need {needed} rows, \
          but the batch has {batch_rows}",
-        needed = microbatches * *num_replicas as u64
+        needed = microbatches.saturating_mul(*num_replicas as u64)
     )]
     TooFewRows {
         /// Microbatches asked for, or the fewest allowed.

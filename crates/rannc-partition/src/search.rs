@@ -14,9 +14,11 @@ use crate::{Atoms, Blocks, PartitionError};
 
 /// The most candidates that a search returns.
 const NUM_CANDIDATES: usize = 8;
+/// Candidates may take longer than the best by this part of it: a half.
+const WORST_OVER_BEST: u64 = 2;
 /// The most units that devices are handed out in; with more devices, a unit is several.
 const MAX_UNITS: usize = 64;
-/// The most blocks that are tried when nothing fits with fewer.
+/// The most blocks, unless more stages were asked for; also tried when nothing fits with fewer.
 const MAX_BLOCKS: usize = 128;
 
 /// What to plan for.
@@ -36,7 +38,8 @@ pub struct Options {
     pub num_stages: Option<usize>,
     /// Exactly this many replicas of every stage.
     pub num_replicas: Option<usize>,
-    /// The number of blocks that the model is cut into before the search.
+    /// The number of blocks that the model is cut into before the search, at most 128. More are
+    /// used if there are to be more stages, or if nothing fits.
     pub max_blocks: usize,
     /// What a stage may take on each device.
     pub memory_limit_bytes: u64,
@@ -109,7 +112,8 @@ pub fn microbatch_candidates(options: &Options) -> Vec<u64> {
     found.into_iter().collect()
 }
 
-/// Finds the best ways to train the model: at most 8, best first, all different.
+/// Finds the best ways to train the model: at most 8, best first, all different, none estimated to
+/// take more than half as long again as the best.
 ///
 /// All devices are used if rows and memory allow. Where they do not, devices are left idle, and the
 /// fastest way wins however many it uses: no stage gets more replicas than a microbatch has
@@ -136,7 +140,8 @@ pub fn search(
         return Ok(vec![trivial(graph, options)]);
     }
     let search = Search { graph, atoms: &atoms, costs, cluster, options };
-    let mut num_blocks = options.max_blocks.max(options.num_stages.unwrap_or(1)).max(1);
+    let wanted = options.max_blocks.clamp(1, MAX_BLOCKS);
+    let mut num_blocks = wanted.max(options.num_stages.unwrap_or(1));
     loop {
         let result = search.with_blocks(num_blocks);
         let more = (num_blocks * 2).min(MAX_BLOCKS).min(atoms.len());
@@ -239,9 +244,7 @@ struct Case {
 
 impl Search<'_> {
     fn with_blocks(&self, max_blocks: usize) -> Result<Vec<Candidate>, PartitionError> {
-        let rows = self.options.batch_rows.div_ceil(self.options.num_devices as u64);
-        let rows = if self.graph.batch().splittable { rows } else { self.options.batch_rows };
-        let blocks = Blocks::new(self.graph, self.atoms, self.costs, rows, max_blocks);
+        let blocks = self.blocks(max_blocks);
         let cases = self.cases(&blocks);
         let problems = self.problems(&cases);
         let busy: Vec<&Problem> = problems
@@ -250,17 +253,23 @@ impl Search<'_> {
             .collect();
         let all: Vec<&Problem> = problems.iter().collect();
         for allowed in [busy, all] {
-            if let Some(bound) = Self::bound(&allowed) {
-                return Ok(self.candidates(self.solve(&allowed, bound), &blocks));
+            if let Some(bounds) = Self::bounds(&allowed) {
+                return Ok(self.candidates(self.solve(&allowed, &bounds), &blocks));
             }
         }
         Err(self.does_not_fit(&problems, &blocks))
     }
 
+    fn blocks(&self, max_blocks: usize) -> Blocks {
+        let rows = self.options.batch_rows.div_ceil(self.options.num_devices as u64);
+        let rows = if self.graph.batch().splittable { rows } else { self.options.batch_rows };
+        Blocks::new(self.graph, self.atoms, self.costs, rows, max_blocks)
+    }
+
     /// The best divisions of all problems, best first.
-    fn solve(&self, problems: &[&Problem], bound: u64) -> Vec<Found> {
+    fn solve(&self, problems: &[&Problem], bounds: &[u64]) -> Vec<Found> {
         let mut found = Vec::new();
-        for problem in problems {
+        for (problem, &bound) in problems.iter().zip(bounds) {
             let schedules = &self.options.schedules;
             let schedule = schedules.iter().position(|&kind| kind == problem.schedule);
             let schedule = schedule.expect("problems are made from the schedules of the options");
@@ -391,17 +400,24 @@ impl Search<'_> {
         .collect()
     }
 
-    /// A step time that the candidates to return do not exceed; none if nothing fits.
-    fn bound(problems: &[&Problem]) -> Option<u64> {
-        let quick = problems.iter().flat_map(|problem| {
-            let divisions = problem.solve(Goal::QuickTime).into_iter();
-            divisions.map(|division| (division.value, problem.microbatches, division))
+    /// A step time for each problem that its candidates to return do not exceed; none if nothing
+    /// fits.
+    fn bounds(problems: &[&Problem]) -> Option<Vec<u64>> {
+        let quick: Vec<Vec<Division>> =
+            problems.iter().map(|problem| problem.solve(Goal::QuickTime)).collect();
+        let with_counts = quick.iter().zip(problems).flat_map(|(divisions, problem)| {
+            divisions.iter().map(|division| (division, problem.microbatches))
         });
-        let mut values: Vec<_> = quick.collect();
-        values.sort_unstable();
+        let mut distinct: Vec<_> = with_counts.collect();
+        distinct.sort_unstable();
         // With two schedules the same division may appear twice.
-        values.dedup();
-        values.get(NUM_CANDIDATES - 1).or(values.last()).map(|best| best.0)
+        distinct.dedup();
+        let steps_ns = || distinct.iter().map(|(division, _)| division.value);
+        let best = steps_ns().next()?;
+        let worst = steps_ns().take(NUM_CANDIDATES).next_back()?;
+        let common = worst.min(best.saturating_add(best / WORST_OVER_BEST));
+        let worst_of = |divisions: &Vec<Division>| divisions.iter().map(|found| found.value).max();
+        Some(quick.iter().map(|found| worst_of(found).unwrap_or(0).min(common)).collect())
     }
 
     fn does_not_fit(&self, problems: &[Problem], blocks: &Blocks) -> PartitionError {

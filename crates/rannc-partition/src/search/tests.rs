@@ -4,7 +4,7 @@ use rannc_graph::{Batch, Graph, testing};
 
 use super::{Candidate, Options, Search, microbatch_candidates, search};
 use crate::stage::Goal;
-use crate::{Atoms, Blocks, PartitionError, brute, stages_are_valid};
+use crate::{Atoms, PartitionError, brute, stages_are_valid};
 
 fn plan(graph: &Graph, cluster: &str, options: &Options) -> Result<Vec<Candidate>, PartitionError> {
     let cluster = Cluster::parse(cluster).unwrap();
@@ -180,7 +180,8 @@ fn check_against_oracle(
     let costs = AnalyticCosts::new(graph, &cluster.devices[0]);
     let atoms = Atoms::new(graph);
     let search = Search { graph, atoms: &atoms, costs: &costs, cluster: &cluster, options };
-    let blocks = Blocks::new(graph, &atoms, &costs, 2, options.max_blocks);
+    let blocks = search.blocks(options.max_blocks);
+    let (mut best, mut best_busy): (Option<u64>, Option<u64>) = (None, None);
     let cases = search.cases(&blocks);
     for problem in search.problems(&cases) {
         let exact = problem.solve(Goal::Time { bound: u64::MAX });
@@ -194,10 +195,14 @@ fn check_against_oracle(
         }
         prop_assert_eq!(quick.len(), exact.len());
         for division in exact {
+            let earlier = if problem.layout.uses_all { &mut best_busy } else { &mut best };
+            *earlier = Some(earlier.map_or(division.value, |value| value.min(division.value)));
             let most = problem.stage_bytes(&division).into_iter().max();
             prop_assert!(most <= Some(options.memory_limit_bytes));
         }
     }
+    let found = search.with_blocks(options.max_blocks).ok();
+    prop_assert_eq!(found.map(|found| found[0].estimate_ns), best_busy.or(best));
     Ok(())
 }
 

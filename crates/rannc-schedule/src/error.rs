@@ -47,6 +47,14 @@ pub enum ScheduleError {
         /// Its rows.
         rows: u64,
     },
+    /// More tensors than can be numbered.
+    #[error("the step has up to {slots} tensors in assembly, needed fewer than {limit}")]
+    TooLarge {
+        /// Places x microbatches x values.
+        slots: u64,
+        /// The limit.
+        limit: u32,
+    },
     /// The schedule runs backward before the caller can supply this gradient.
     #[error(
         "schedule `{schedule}` needs a model that returns nothing but its loss, \
@@ -94,7 +102,9 @@ impl ScheduleError {
     /// What the reader can do about it.
     pub fn help(&self) -> Option<String> {
         match self {
-            Self::Microbatches { .. } => Some("choose another number of microbatches".into()),
+            Self::Microbatches { .. } | Self::TooLarge { .. } => {
+                Some("choose another number of microbatches".into())
+            }
             Self::RowCount { found: 0, .. } => {
                 Some("skip the step when no rank has any rows".into())
             }

@@ -1,30 +1,41 @@
 //! What each rank does in one step, and what that would cost.
 //!
 //! A [`Pipeline`] says which stages sit on which ranks and which values flow between them; a [`Batch`]
-//! says how many rows each rank brings. [`compile`] turns both into a [`Program`]: for every rank the list
+//! says how many rows each rank brings. [`compile()`] turns both into a [`Program`]: for every rank the list
 //! of [`Action`]s it runs in order, with no decision left to make. The schedule sees stages and flows only,
 //! never the model.
-
-#![allow(dead_code)]
+//!
+//! ```text
+//! generate   which stage runs which microbatch when        (one generator per schedule)
+//! route      which rows of which values go where           (from rows)
+//! lower      both together: lists with sends and receives  (by depend)
+//! check      refuses lists that hang or do something else  (by depend, rows)
+//! simulate   when everything happens, and what it holds    (by depend)
+//! ```
 
 mod action;
+mod check;
+mod clock;
+mod compile;
+mod depend;
 mod error;
+mod generate;
+mod lower;
 mod pipeline;
+mod render;
+mod route;
+mod rows;
+mod run;
+mod simulate;
 mod text;
 
 pub use action::{Action, Pass, Program, RowRange, Slot};
+pub use check::check;
+pub use compile::compile;
 pub use error::ScheduleError;
 pub use pipeline::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, Stage, StageId, Transport,
 };
 pub use rannc_cost::ScheduleKind;
-
-/// Writes the program of one step: generates the order of the work, routes the data, and checks the result.
-pub fn compile(
-    _pipeline: &Pipeline,
-    _batch: &Batch,
-    _schedule: ScheduleKind,
-    _mode: Mode,
-) -> Result<Program, ScheduleError> {
-    Err(ScheduleError::BadPipeline { place: "compile".into(), problem: "to be written".into() })
-}
+pub use render::{chrome_trace, grid, listing};
+pub use simulate::{Event, Memory, RankTimeline, Timeline, Timing, simulate};

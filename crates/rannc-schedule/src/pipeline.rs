@@ -155,7 +155,7 @@ pub enum Mode {
 /// More rows than this in a batch are surely a mistake.
 const MAX_ROWS: u64 = 1 << 40;
 /// More microbatches than this in a step are surely a mistake.
-const MAX_MICROBATCHES: u64 = 1 << 16;
+const MAX_MICROBATCHES: u64 = 1 << 12;
 
 impl Pipeline {
     /// Whether all parts agree with each other.

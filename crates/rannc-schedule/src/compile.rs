@@ -1,0 +1,44 @@
+//! From a pipeline and a batch to a checked program.
+
+use crate::check::check_valid;
+use crate::depend::Resources;
+use crate::generate::generate;
+use crate::lower::lower;
+use crate::route::transfers;
+use crate::rows::Layout;
+use crate::{Batch, Mode, Pipeline, Place, Program, ScheduleError, ScheduleKind, Transport};
+
+/// Writes the program of one step: orders the work, routes the data, and checks the result.
+pub fn compile(
+    pipeline: &Pipeline,
+    batch: &Batch,
+    schedule: ScheduleKind,
+    mode: Mode,
+) -> Result<Program, ScheduleError> {
+    pipeline.validate()?;
+    batch.validate(pipeline)?;
+    if mode == Mode::Training && schedule == ScheduleKind::OneForwardOneBackward {
+        refuse_outside_gradients(pipeline, schedule)?;
+    }
+    let layout = Layout::new(pipeline, batch);
+    let resources = Resources::new(pipeline, layout.microbatches())?;
+    let transfers = transfers(pipeline, &layout, mode);
+    let order = generate(schedule, pipeline, &layout, mode);
+    let program = lower(pipeline, &resources, &transfers, &order)?;
+    check_valid(&program, pipeline, &layout, &resources, mode)?;
+    Ok(program)
+}
+
+/// Backward may start before the caller has the outputs only if their gradients are known: one for each sum.
+fn refuse_outside_gradients(
+    pipeline: &Pipeline,
+    schedule: ScheduleKind,
+) -> Result<(), ScheduleError> {
+    let outside = pipeline.flows.iter().find(|flow| {
+        flow.gradient && flow.transport != Transport::Sum && flow.to.contains(&Place::Sink)
+    });
+    match outside {
+        Some(flow) => Err(ScheduleError::GradientFromOutside { schedule, value: flow.value }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,253 @@
+//! Which rows of the batch are where: how microbatches are cut out of the ranks' own rows, and which rows
+//! of a microbatch each replica of a stage gets.
+//!
+//! Every rank's rows are cut into one part per microbatch, nearly equal over ranks and microbatches. A
+//! microbatch is its parts in rank order; its rows are numbered from 0 (*virtual* rows). A stage that all
+//! ranks hold leaves each part where it is; any other stage cuts the virtual rows into equal runs:
+//!
+//! ```text
+//!                     microbatch 0   microbatch 1
+//! rank 0: a b c d e   a b            c d e
+//! rank 1: f g         f              g
+//! virtual rows        a b f          c d e g
+//! on both ranks       a b | f        c d e | g      (no row moves)
+//! on two of three     a | b f        c d | e g
+//! ```
+
+use crate::{Batch, Pipeline, Place, RankId, RowRange, StageId};
+
+/// The rows of one microbatch that one rank has at one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Holding {
+    /// The rank.
+    pub(crate) rank: RankId,
+    /// Which virtual rows of the microbatch; never empty.
+    pub(crate) rows: RowRange,
+    /// Where they start in the rank's slot.
+    pub(crate) start: u64,
+    /// The rows of the whole slot.
+    pub(crate) total: u64,
+}
+
+impl Holding {
+    /// Virtual rows as rows of the slot.
+    pub(crate) fn local(&self, rows: RowRange) -> RowRange {
+        rows.rebase(self.rows.start, self.start)
+    }
+
+    /// Rows of the slot as virtual rows, if this microbatch has them all.
+    pub(crate) fn virtual_rows(&self, local: RowRange) -> Option<RowRange> {
+        let all = self.local(self.rows);
+        let inside = local.start >= all.start && local.end <= all.end && !local.is_empty();
+        inside.then(|| local.rebase(self.start, self.rows.start))
+    }
+}
+
+/// All holdings of one batch.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    microbatches: u32,
+    /// Per rank, the rows it brings.
+    local: Vec<u64>,
+    /// Per rank, the rows it gets back.
+    outputs: Vec<u64>,
+    /// Per microbatch, the source's holdings in rank order.
+    source: Vec<Vec<Holding>>,
+    /// The sink's, where they differ from the source's.
+    sink: Option<Vec<Vec<Holding>>>,
+    /// Per stage and microbatch, the holdings of the replicas in rank order.
+    stages: Vec<Vec<Vec<Holding>>>,
+}
+
+impl Layout {
+    /// Divides a valid batch over a valid pipeline.
+    pub(crate) fn new(pipeline: &Pipeline, batch: &Batch) -> Self {
+        let source = cut_microbatches(&batch.rows, batch.microbatches);
+        let sink = (!batch.gather).then(|| {
+            source.iter().map(|parts| repeat_on_all_ranks(parts, pipeline.world_size)).collect()
+        });
+        let everywhere = |stage: &crate::Stage| stage.ranks.len() == pipeline.world_size as usize;
+        let stages = pipeline.stages.iter().map(|stage| {
+            let keep = batch.gather && everywhere(stage);
+            source.iter().map(|parts| divide(parts, &stage.ranks, keep)).collect()
+        });
+        let stages = stages.collect();
+        let all: u64 = batch.rows.iter().sum();
+        let outputs = if batch.gather { batch.rows.clone() } else { vec![all; batch.rows.len()] };
+        let microbatches = u32::try_from(batch.microbatches).expect("validation limits them");
+        Self { microbatches, local: batch.rows.clone(), outputs, source, sink, stages }
+    }
+
+    /// How many microbatches there are, empty ones included.
+    pub(crate) const fn microbatches(&self) -> u32 {
+        self.microbatches
+    }
+
+    /// How many ranks there are.
+    pub(crate) fn world_size(&self) -> u32 {
+        u32::try_from(self.local.len()).expect("validation compares it with the pipeline's")
+    }
+
+    /// The rows that a rank brings.
+    pub(crate) fn local_rows(&self, rank: RankId) -> u64 {
+        self.local[rank.index()]
+    }
+
+    /// The rows that a rank gets back.
+    pub(crate) fn output_rows(&self, rank: RankId) -> u64 {
+        self.outputs[rank.index()]
+    }
+
+    /// Whether all ranks get the rows of all ranks.
+    pub(crate) const fn replicates_outputs(&self) -> bool {
+        self.sink.is_some()
+    }
+
+    /// The microbatches that have rows.
+    pub(crate) fn filled(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..self.microbatches).filter(|&microbatch| !self.source[microbatch as usize].is_empty())
+    }
+
+    /// Who has which rows of a microbatch at a place, in rank order.
+    pub(crate) fn holdings(&self, place: Place, microbatch: u32) -> &[Holding] {
+        let index = microbatch as usize;
+        match place {
+            Place::Source => &self.source[index],
+            Place::Stage(stage) => &self.stages[stage.index()][index],
+            Place::Sink => self.sink.as_ref().map_or(&self.source[index], |sink| &sink[index]),
+        }
+    }
+
+    /// What one rank has of a microbatch at a place.
+    pub(crate) fn holding(&self, place: Place, microbatch: u32, rank: RankId) -> Option<&Holding> {
+        let holdings = self.holdings(place, microbatch);
+        let index = holdings.binary_search_by_key(&rank, |holding| holding.rank).ok()?;
+        holdings.get(index)
+    }
+
+    /// How many rows a replica computes; 0 where it has no part in the microbatch.
+    pub(crate) fn stage_rows(&self, stage: StageId, microbatch: u32, rank: RankId) -> u64 {
+        self.holding(Place::Stage(stage), microbatch, rank).map_or(0, |holding| holding.rows.len())
+    }
+}
+
+/// Cuts each rank's rows into parts; the remainders are dealt out so that microbatches stay equal.
+fn cut_microbatches(rows: &[u64], microbatches: u64) -> Vec<Vec<Holding>> {
+    let mut parts = vec![Vec::new(); microbatches as usize];
+    let mut filled = vec![0; microbatches as usize];
+    let mut before = 0u64;
+    for (index, &count) in rows.iter().enumerate() {
+        let carry = before % microbatches;
+        let cut = |step: u64| share(count, step, carry, microbatches);
+        for microbatch in 0..microbatches {
+            let (start, end) = (cut(microbatch), cut(microbatch + 1));
+            let offset: &mut u64 = &mut filled[microbatch as usize];
+            if end > start {
+                let rows = RowRange::new(*offset, *offset + end - start);
+                let rank = RankId::new(index);
+                parts[microbatch as usize].push(Holding { rank, rows, start, total: count });
+                *offset = rows.end;
+            }
+        }
+        before += count;
+    }
+    parts
+}
+
+/// `(step * count + carry) / parts`, rounded down.
+fn share(count: u64, step: u64, carry: u64, parts: u64) -> u64 {
+    let exact = u128::from(step) * u128::from(count) + u128::from(carry);
+    u64::try_from(exact / u128::from(parts)).expect("a part of the rows is at most all of them")
+}
+
+/// The holdings of a sink that gives all of rank 0's rows to everyone.
+fn repeat_on_all_ranks(parts: &[Holding], world_size: u32) -> Vec<Holding> {
+    let copies = parts
+        .first()
+        .into_iter()
+        .flat_map(|&part| (0..world_size).map(move |rank| Holding { rank: RankId(rank), ..part }));
+    copies.collect()
+}
+
+/// Divides a microbatch over the replicas of a stage.
+fn divide(parts: &[Holding], ranks: &[RankId], keep: bool) -> Vec<Holding> {
+    if keep {
+        let stay = |part: &Holding| Holding { start: 0, total: part.rows.len(), ..*part };
+        return parts.iter().map(stay).collect();
+    }
+    let all = parts.last().map_or(0, |part| part.rows.end);
+    let count = ranks.len() as u64;
+    let runs = ranks.iter().zip(0u64..).map(|(&rank, index)| {
+        let rows = RowRange::new(share(all, index, 0, count), share(all, index + 1, 0, count));
+        Holding { rank, rows, start: 0, total: rows.len() }
+    });
+    runs.filter(|holding| !holding.rows.is_empty()).collect()
+}
+
+/// Calls `visit` with each pair of holdings that share rows, and the virtual rows they share.
+///
+/// The holdings of `from` must not overlap each other. Linear in the pairs plus `to.len() log from.len()`.
+pub(crate) fn overlaps(
+    from: &[Holding],
+    to: &[Holding],
+    mut visit: impl FnMut(&Holding, &Holding, RowRange),
+) {
+    for target in to {
+        let first = from.partition_point(|source| source.rows.end <= target.rows.start);
+        for source in &from[first..] {
+            let shared = source.rows.intersect(target.rows);
+            if shared.is_empty() {
+                break;
+            }
+            visit(source, target, shared);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Holding, cut_microbatches, divide, overlaps};
+    use crate::RankId;
+
+    fn text(holdings: &[Holding]) -> String {
+        let one = |holding: &Holding| {
+            format!("{}@{}+{}/{}", holding.rows, holding.rank, holding.start, holding.total)
+        };
+        holdings.iter().map(one).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn microbatches_are_equal_although_ranks_are_not() {
+        let parts = cut_microbatches(&[5, 0, 3, 1], 3);
+        assert_eq!(text(&parts[0]), "0:1@0+0/5 1:2@2+0/3 2:3@3+0/1");
+        assert_eq!(text(&parts[1]), "0:2@0+1/5 2:3@2+1/3");
+        assert_eq!(text(&parts[2]), "0:2@0+3/5 2:3@2+2/3");
+    }
+
+    #[test]
+    fn replicas_share_the_rows_evenly_or_keep_their_own() {
+        let parts = &cut_microbatches(&[5, 2], 1)[0];
+        let ranks = [RankId(0), RankId(1)];
+        assert_eq!(text(&divide(parts, &ranks, true)), "0:5@0+0/5 5:7@1+0/2");
+        assert_eq!(text(&divide(parts, &ranks, false)), "0:3@0+0/3 3:7@1+0/4");
+    }
+
+    #[test]
+    fn more_replicas_than_rows_leaves_some_idle() {
+        let parts = &cut_microbatches(&[2], 1)[0];
+        let ranks = [RankId(0), RankId(1), RankId(2)];
+        assert_eq!(text(&divide(parts, &ranks, false)), "0:1@1+0/1 1:2@2+0/1");
+    }
+
+    #[test]
+    fn overlaps_are_the_shared_rows() {
+        let parts = &cut_microbatches(&[6], 1)[0];
+        let two = divide(parts, &[RankId(0), RankId(1)], false);
+        let three = divide(parts, &[RankId(2), RankId(3), RankId(4)], false);
+        let mut found = Vec::new();
+        overlaps(&two, &three, |from, to, rows| {
+            found.push(format!("{rows} {}>{}", from.rank, to.rank));
+        });
+        assert_eq!(found, ["0:2 0>2", "2:3 0>3", "3:4 1>3", "4:6 1>4"]);
+    }
+}

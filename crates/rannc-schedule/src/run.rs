@@ -1,0 +1,279 @@
+//! Plays the lists of all ranks by the rules of the dependency relation, without time.
+
+use crate::depend::{Access, Ledger, Resource, Resources};
+use crate::{Action, Pipeline, RankId};
+
+/// A position in the lists of one pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct At {
+    /// The rank.
+    pub(crate) rank: u32,
+    /// The position in its list.
+    pub(crate) step: u32,
+}
+
+/// What is wrong, and where.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    /// Where.
+    pub(crate) at: At,
+    /// What.
+    pub(crate) problem: String,
+}
+
+impl At {
+    /// The action there.
+    pub(crate) fn action(self, lists: &[Vec<Action>]) -> &Action {
+        &lists[self.rank as usize][self.step as usize]
+    }
+
+    /// A fault here.
+    pub(crate) fn fault(self, problem: impl Into<String>) -> Fault {
+        Fault { at: self, problem: problem.into() }
+    }
+}
+
+/// The positions and actions of all lists, rank by rank.
+pub(crate) fn positions(lists: &[Vec<Action>]) -> impl Iterator<Item = (At, &Action)> {
+    lists.iter().zip(0..).flat_map(|(list, rank)| {
+        list.iter().zip(0..).map(move |(action, step)| (At { rank, step }, action))
+    })
+}
+
+/// Sends and the receives they belong to.
+#[derive(Debug)]
+pub(crate) struct Matching {
+    /// Each send with its receive.
+    pub(crate) pairs: Vec<(At, At)>,
+    /// Per rank and step, the number of the pair; `u32::MAX` for other actions.
+    numbers: Vec<Vec<u32>>,
+}
+
+impl Matching {
+    /// Pairs the transfers between each two ranks by their order in both lists.
+    ///
+    /// Both ranks must have the same sequence, both directions taken together, because some
+    /// transports carry both directions of a pair in one queue. Sorts: `n log n` in the transfers.
+    pub(crate) fn new(lists: &[Vec<Action>]) -> Result<Self, Fault> {
+        let mut halves = Vec::new();
+        for (at, action) in positions(lists) {
+            if let Action::Send { peer, .. } | Action::Recv { peer, .. } = action {
+                if peer.index() >= lists.len() || peer.0 == at.rank {
+                    return Err(at.fault(format!("rank {peer} is no peer of rank {}", at.rank)));
+                }
+                halves.push(((at.rank.min(peer.0), at.rank.max(peer.0)), at));
+            }
+        }
+        halves.sort_unstable();
+        let mut matching = Self {
+            pairs: Vec::with_capacity(halves.len() / 2),
+            numbers: lists.iter().map(|list| vec![u32::MAX; list.len()]).collect(),
+        };
+        for group in halves.chunk_by(|left, right| left.0 == right.0) {
+            let lower = group.partition_point(|half| half.1.rank == half.0.0);
+            let (lower, upper) = group.split_at(lower);
+            for (index, &(_, at)) in lower.iter().enumerate() {
+                let Some(&(_, other)) = upper.get(index) else {
+                    return Err(at.fault("the peer has no action that belongs to this one"));
+                };
+                matching.join(lists, at, other)?;
+            }
+            if let Some(&(_, at)) = upper.get(lower.len()) {
+                return Err(at.fault("the peer has no action that belongs to this one"));
+            }
+        }
+        Ok(matching)
+    }
+
+    fn join(&mut self, lists: &[Vec<Action>], left: At, right: At) -> Result<(), Fault> {
+        let pair = match (left.action(lists), right.action(lists)) {
+            (Action::Send { .. }, Action::Recv { .. }) => (left, right),
+            (Action::Recv { .. }, Action::Send { .. }) => (right, left),
+            (_, other) => {
+                let problem = format!(
+                    "it meets `{other}` at step {} of rank {}, which is no other end of it",
+                    right.step, right.rank
+                );
+                return Err(left.fault(problem));
+            }
+        };
+        let number = u32::try_from(self.pairs.len()).expect("a step has fewer than 2^32 transfers");
+        for at in [left, right] {
+            self.numbers[at.rank as usize][at.step as usize] = number;
+        }
+        self.pairs.push(pair);
+        Ok(())
+    }
+
+    /// The number of the pair that a send or receive belongs to.
+    pub(crate) fn number(&self, at: At) -> usize {
+        self.numbers[at.rank as usize][at.step as usize] as usize
+    }
+}
+
+/// Learns what happens, in an order that respects all dependencies.
+pub(crate) trait Observer {
+    /// An action that is no reduction ran.
+    fn ran(&mut self, at: At, action: &Action);
+    /// A send and its receive have both run: the piece arrives in `target`.
+    fn delivered(&mut self, pair: usize, target: Resource);
+    /// A reduction ran on all its ranks.
+    fn reduced(&mut self, action: &Action, arrived: &[At]);
+}
+
+/// Where every rank is in its list.
+#[derive(Debug)]
+pub(crate) struct Run<'a> {
+    resources: &'a Resources<'a>,
+    pipeline: &'a Pipeline,
+    lists: &'a [Vec<Action>],
+    matching: &'a Matching,
+    steps: Vec<u32>,
+    /// Per pair, whether one end has run.
+    half_done: Vec<bool>,
+    /// The ranks that wait in each gradient group, then in each reduced output.
+    arrived: Vec<Vec<At>>,
+}
+
+/// What a rank did when it was asked to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// It ran its next action.
+    Ran,
+    /// Its next action cannot run yet.
+    Blocked,
+    /// It has reached the end.
+    Finished,
+}
+
+impl<'a> Run<'a> {
+    /// Every rank at the start of its list.
+    pub(crate) fn new(
+        resources: &'a Resources<'a>,
+        pipeline: &'a Pipeline,
+        lists: &'a [Vec<Action>],
+        matching: &'a Matching,
+    ) -> Self {
+        let num_reductions = pipeline.gradient_groups.len() + pipeline.flows.len();
+        Self {
+            resources,
+            pipeline,
+            lists,
+            matching,
+            steps: vec![0; lists.len()],
+            half_done: vec![false; matching.pairs.len()],
+            arrived: vec![Vec::new(); num_reductions],
+        }
+    }
+
+    /// Where a rank is.
+    pub(crate) fn position(&self, rank: u32) -> At {
+        At { rank, step: self.steps[rank as usize] }
+    }
+
+    /// Lets a rank run its next action if it can; adds the ranks that this may set free to `woken`.
+    pub(crate) fn advance(
+        &mut self,
+        rank: u32,
+        ledger: &mut Ledger,
+        observer: &mut impl Observer,
+        woken: &mut Vec<u32>,
+    ) -> Progress {
+        let at = self.position(rank);
+        let Some(action) = self.lists[rank as usize].get(at.step as usize) else {
+            return Progress::Finished;
+        };
+        let mut allowed = true;
+        self.touch(rank, action, |resource, access| allowed &= ledger.allows(resource, access));
+        if !allowed {
+            return Progress::Blocked;
+        }
+        if let Action::ReduceGradients { .. } | Action::ReduceOutput { .. } = action {
+            return self.reduce(at, action, ledger, observer, woken);
+        }
+        self.steps[rank as usize] += 1;
+        let receives = matches!(action, Action::Recv { .. });
+        self.touch(rank, action, |resource, access| {
+            if !receives {
+                ledger.settle(resource, access);
+            }
+        });
+        observer.ran(at, action);
+        if let Action::Send { .. } | Action::Recv { .. } = action {
+            self.meet(self.matching.number(at), ledger, observer, woken);
+        }
+        Progress::Ran
+    }
+
+    fn touch(&self, rank: u32, action: &Action, visit: impl FnMut(Resource, Access)) {
+        self.resources
+            .touch(RankId(rank), action, visit)
+            .expect("all actions were looked up when their writes and reads were counted");
+    }
+
+    /// One end of a transfer has run; if it is the second, the piece arrives.
+    fn meet(
+        &mut self,
+        pair: usize,
+        ledger: &mut Ledger,
+        observer: &mut impl Observer,
+        woken: &mut Vec<u32>,
+    ) {
+        if !std::mem::replace(&mut self.half_done[pair], true) {
+            return;
+        }
+        let receive = self.matching.pairs[pair].1;
+        let Action::Recv { slot, .. } = receive.action(self.lists) else {
+            unreachable!("the second of a pair is a receive");
+        };
+        let target = self.resources.slot(RankId(receive.rank), slot);
+        let target = target.expect("all slots were looked up when their writes were counted");
+        ledger.settle(target, Access::Write);
+        observer.delivered(pair, target);
+        woken.push(receive.rank);
+    }
+
+    /// A rank arrives at a reduction; the last one sets all free.
+    fn reduce(
+        &mut self,
+        at: At,
+        action: &Action,
+        ledger: &mut Ledger,
+        observer: &mut impl Observer,
+        woken: &mut Vec<u32>,
+    ) -> Progress {
+        let (index, needed) = self.reduction(action);
+        let arrived = &mut self.arrived[index];
+        if !arrived.contains(&at) {
+            arrived.push(at);
+        }
+        if arrived.len() < needed {
+            return Progress::Blocked;
+        }
+        let mut arrived = std::mem::take(arrived);
+        arrived.sort_unstable();
+        for at in &arrived {
+            self.touch(at.rank, action, |resource, access| ledger.settle(resource, access));
+            self.steps[at.rank as usize] += 1;
+            woken.push(at.rank);
+        }
+        observer.reduced(action, &arrived);
+        Progress::Ran
+    }
+
+    /// The number of a reduction, and how many ranks take part.
+    fn reduction(&self, action: &Action) -> (usize, usize) {
+        let groups = &self.pipeline.gradient_groups;
+        let found = match action {
+            Action::ReduceGradients { group } => {
+                self.resources.group(*group).map(|index| (index, groups[index].ranks.len()))
+            }
+            Action::ReduceOutput { value } => self
+                .resources
+                .flow(*value)
+                .map(|index| (groups.len() + index, self.pipeline.world_size as usize)),
+            _ => None,
+        };
+        found.expect("all reductions were looked up when their reads were counted")
+    }
+}

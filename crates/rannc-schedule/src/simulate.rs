@@ -1,0 +1,136 @@
+//! When everything in a program happens, given how long each thing takes, and how much memory that needs.
+//!
+//! An event simulation over the same dependency relation that the checker uses. A rank runs its list in order.
+//! Work and reductions keep it busy; transfers run beside its work, but one at a time out of a rank and one at
+//! a time into it. The second pass starts on a rank when its first one is done and its outputs are there; what
+//! the caller does in between takes no time.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use crate::clock::Clock;
+use crate::depend::{Ledger, Resources};
+use crate::render;
+use crate::run::{At, Matching, Progress, Run, positions};
+use crate::{Action, Pipeline, Program, RankId, ScheduleError, StageId};
+
+/// How long things take.
+pub trait Timing {
+    /// Running a stage on this many rows.
+    fn forward_ns(&self, stage: StageId, rows: u64) -> u64;
+    /// Differentiating a stage on this many rows.
+    fn backward_ns(&self, stage: StageId, rows: u64) -> u64;
+    /// Moving bytes between two ranks.
+    fn transfer_ns(&self, bytes: u64, from: RankId, to: RankId) -> u64;
+    /// Adding up bytes between ranks.
+    fn all_reduce_ns(&self, bytes: u64, ranks: &[RankId]) -> u64;
+}
+
+/// How much memory work keeps.
+pub trait Memory {
+    /// What a stage keeps from forward to backward for this many rows, its inputs included.
+    fn saved_bytes(&self, stage: StageId, rows: u64) -> u64;
+}
+
+/// What happened when.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Timeline {
+    /// From the start of the first to the end of the last event.
+    pub makespan_ns: u64,
+    /// By rank.
+    pub ranks: Vec<RankTimeline>,
+    /// Work, transfers and reductions by rank and then in the order of the lists.
+    pub events: Vec<Event>,
+}
+
+/// How one rank spent the step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RankTimeline {
+    /// Running stages.
+    pub busy_ns: u64,
+    /// Not running stages.
+    pub bubble_ns: u64,
+    /// The most that saved activations and stage inputs and outputs in transit took at any time.
+    pub peak_activation_bytes: u64,
+}
+
+/// An action with its time. A send and its receive both have the time of the transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// The rank.
+    pub rank: RankId,
+    /// The action.
+    pub action: Action,
+    /// When it started.
+    pub start_ns: u64,
+    /// When it was done.
+    pub end_ns: u64,
+}
+
+/// Plays a program that [`check`](crate::check()) accepts.
+///
+/// # Complexity
+///
+/// `n log n` in the number of actions.
+pub fn simulate(
+    program: &Program,
+    pipeline: &Pipeline,
+    timing: &dyn Timing,
+    memory: &dyn Memory,
+) -> Result<Timeline, ScheduleError> {
+    pipeline.validate()?;
+    let resources = Resources::new(pipeline, num_microbatches(program))?;
+    let mut ledger = Ledger::new(&resources);
+    let mut training = false;
+    for (pass, (_, lists)) in program.passes().iter().enumerate() {
+        for (at, action) in positions(lists) {
+            training |= matches!(action, Action::Backward { .. });
+            resources
+                .touch(RankId(at.rank), action, |resource, access| ledger.expect(resource, access))
+                .map_err(|problem| render::rejected(program, pass, &at.fault(problem)))?;
+        }
+    }
+    let mut clock = Clock::new(pipeline, &resources, timing, memory, training);
+    for (pass, (_, lists)) in program.passes().iter().enumerate() {
+        let located = |fault| render::rejected(program, pass, &fault);
+        let matching = Matching::new(lists).map_err(located)?;
+        clock.begin(pass, lists, &matching);
+        let mut run = Run::new(&resources, pipeline, lists, &matching);
+        if let Some(at) = play(&mut run, &mut ledger, &mut clock, lists) {
+            return Err(located(at.fault("it waits for ever")));
+        }
+    }
+    Ok(clock.finish())
+}
+
+fn num_microbatches(program: &Program) -> u32 {
+    let microbatch = |action: &Action| match action {
+        Action::Forward { microbatch, .. } | Action::Backward { microbatch, .. } => *microbatch,
+        _ => 0,
+    };
+    let actions = program.passes().into_iter().flat_map(|(_, lists)| lists.iter().flatten());
+    actions.map(microbatch).max().unwrap_or(0).saturating_add(1)
+}
+
+/// Lets the rank with the earliest time go first; returns where one waits for ever.
+fn play(
+    run: &mut Run<'_>,
+    ledger: &mut Ledger,
+    clock: &mut Clock<'_>,
+    lists: &[Vec<Action>],
+) -> Option<At> {
+    let ranks =
+        0..u32::try_from(lists.len()).expect("the ranks of a pipeline are numbered in 32 bits");
+    let mut queue: BinaryHeap<_> = ranks.map(|rank| Reverse((clock.now(rank), rank))).collect();
+    let mut woken = Vec::new();
+    while let Some(Reverse((_, rank))) = queue.pop() {
+        if run.advance(rank, ledger, clock, &mut woken) == Progress::Ran {
+            woken.push(rank);
+        }
+        for rank in woken.drain(..) {
+            queue.push(Reverse((clock.now(rank), rank)));
+        }
+    }
+    let positions = lists.iter().zip(0..).map(|(list, rank)| (list.len(), run.position(rank)));
+    positions.filter(|(end, at)| (at.step as usize) < *end).map(|(_, at)| at).next()
+}

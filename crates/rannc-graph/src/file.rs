@@ -51,7 +51,7 @@ impl Graph {
 
     /// The JSON form; equal graphs give equal bytes.
     pub fn to_json(&self) -> String {
-        serde_json::to_string(&Written {
+        to_json(&Written {
             format: FORMAT,
             name: &self.name,
             batch: &self.batch,
@@ -60,33 +60,35 @@ impl Graph {
             inputs: &self.inputs,
             outputs: &self.outputs,
         })
-        .expect("a graph holds nothing that JSON cannot say")
     }
 
-    /// A hash of what a plan relies on: operators, wiring, types and sizes, but not the number of
-    /// rows that capture happened to see. Equal on all ranks that run the same model.
+    /// A hash of the whole graph but for the number of rows that capture happened to see: equal on all
+    /// ranks that captured the same model with the same other sizes.
     pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        let mut feed = |part: &dyn erased::Json| hash.update(part.json().as_bytes());
-        feed(&self.values);
-        feed(&self.nodes);
-        feed(&self.inputs);
-        feed(&self.outputs);
-        hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+        let batch = (self.batch.splittable, &self.batch.reason);
+        short_hash(&to_json(&(batch, &self.values, &self.nodes, &self.inputs, &self.outputs)))
+    }
+
+    /// A hash of what makes it this model: its operators, parameters, buffers and constants, but not
+    /// the sizes of what flows between them. A plan belongs to an identity.
+    pub fn identity(&self) -> String {
+        let nodes: Vec<_> = self.nodes.iter().map(|node| (&node.key, &node.op)).collect();
+        let state = self.values.iter().filter(|value| value.is_state());
+        let state: Vec<_> =
+            state.map(|value| (&value.name, value.kind, &value.dtype, &value.shape)).collect();
+        short_hash(&to_json(&(nodes, state)))
     }
 }
 
-mod erased {
-    /// Anything with a JSON form.
-    pub(super) trait Json {
-        fn json(&self) -> String;
-    }
+fn to_json<T: Serialize>(part: &T) -> String {
+    serde_json::to_string(part).expect("plain data always has a JSON form")
+}
 
-    impl<T: serde::Serialize> Json for T {
-        fn json(&self) -> String {
-            serde_json::to_string(self).expect("plain data always has a JSON form")
-        }
-    }
+/// Half of a SHA-256 in hexadecimal: short enough to read, long enough never to collide by chance.
+fn short_hash(text: &str) -> String {
+    let digest = Sha256::digest(text.as_bytes());
+    let (half, _) = digest.split_at(16);
+    half.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
 /// Checks every rule of a valid graph and returns the producer of each value.

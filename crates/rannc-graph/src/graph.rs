@@ -79,6 +79,14 @@ impl Value {
             .fold(self.element_bytes(), |bytes, size| bytes.saturating_mul(size.at(rows)))
     }
 
+    /// Bytes as a function of the rows; exact unless several dimensions grow with the batch, when it
+    /// is the tangent through one row.
+    pub fn affine_bytes(&self) -> Affine {
+        let as_signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let (none, one) = (as_signed(self.bytes(0)), as_signed(self.bytes(1)));
+        Affine { per_row: one - none, fixed: none }
+    }
+
     /// Whether it lives in the model rather than in one step.
     pub fn is_state(&self) -> bool {
         matches!(self.kind, ValueKind::Parameter | ValueKind::Buffer | ValueKind::Constant)

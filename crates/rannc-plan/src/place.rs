@@ -1,0 +1,389 @@
+//! A plan applied to a graph: what each stage computes and what flows between the stages.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fixedbitset::FixedBitSet;
+use rannc_cost::ScheduleKind;
+use rannc_graph::{Graph, NodeId, Rows, Users, Value, ValueId, ValueKind};
+use rannc_schedule::{
+    Batch, Flow, GradientGroup, Mode, Pipeline, Place, Program, RankId, Stage, StageId, Transport,
+};
+
+use crate::{Plan, PlanError};
+
+/// One stage of a [`Placement`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedStage {
+    /// The processes that hold a replica, ascending.
+    pub ranks: Vec<u32>,
+    /// Its operators in topological order, those that depend on no input included.
+    pub nodes: Vec<NodeId>,
+    /// Values it receives, ascending.
+    pub inputs: Vec<ValueId>,
+    /// Values it hands on or returns, ascending.
+    pub outputs: Vec<ValueId>,
+    /// Parameters, buffers and constants it reads, ascending.
+    pub state: Vec<ValueId>,
+}
+
+/// Parameters whose gradients are summed together: those held by exactly these ranks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// The ranks, ascending; at least two.
+    pub ranks: Vec<u32>,
+    /// The parameters, ascending.
+    pub parameters: Vec<ValueId>,
+}
+
+/// A plan applied to one graph of its model.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// The stages, in the order in which values flow.
+    pub stages: Vec<PlacedStage>,
+    /// Gradient groups; the position is the group's number.
+    pub groups: Vec<Group>,
+    /// For each parameter and buffer that a stage reads: its name and the ranks that hold it.
+    pub holders: BTreeMap<String, Vec<u32>>,
+    /// The same for the schedule: stages and flows only.
+    pub pipeline: Pipeline,
+    microbatches: u64,
+    schedule: ScheduleKind,
+}
+
+impl Plan {
+    /// Applies the plan to a graph of its model. Operators that the plan does not know (another mode of
+    /// the model may have some) go where their parameters and inputs are.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError::Invalid`] when the plan's stages contradict each other or the graph.
+    pub fn place(&self, graph: &Graph) -> Result<Placement, PlanError> {
+        self.check_form()?;
+        let nodes = rannc_partition::assign(graph, &self.wanted(), self.stages.len());
+        let ranks: Vec<_> = self.stages.iter().map(|stage| stage.ranks.clone()).collect();
+        Ok(Placement::new(graph, nodes, &ranks, self.world_size, self.microbatches, self.schedule))
+    }
+
+    /// Checks that the plan is one for this graph and this many processes, and can be carried out.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError::OtherModel`], [`PlanError::OtherWorld`] or [`PlanError::Invalid`].
+    pub fn check(&self, graph: &Graph, world_size: u32) -> Result<(), PlanError> {
+        if self.model_identity != graph.identity() {
+            return Err(PlanError::OtherModel {
+                plan_model: self.model.clone(),
+                plan_identity: self.model_identity.clone(),
+                model: graph.name().into(),
+                identity: graph.identity(),
+            });
+        }
+        if self.world_size != world_size {
+            return Err(PlanError::OtherWorld { planned: self.world_size, running: world_size });
+        }
+        self.check_form()?;
+        let batch_nodes = graph.batch_nodes();
+        let known: BTreeSet<&str> =
+            self.stages.iter().flat_map(|stage| stage.nodes.iter().map(String::as_str)).collect();
+        if let Some(missing) = batch_nodes
+            .ones()
+            .map(|index| &graph.nodes()[index].key)
+            .find(|key| !known.contains(key.as_str()))
+        {
+            return invalid(format!("no stage runs the operator `{missing}`"));
+        }
+        let parts = rannc_partition::assign(graph, &self.wanted(), self.stages.len());
+        for (index, (part, stage)) in parts.iter().zip(&self.stages).enumerate() {
+            let moved = stage.nodes.iter().find(|key| {
+                graph.nodes().iter().position(|node| &node.key == *key).is_some_and(|position| {
+                    batch_nodes.contains(position) && !part.contains(position)
+                })
+            });
+            if let Some(key) = moved {
+                return invalid(format!(
+                    "stage {index} cannot run `{key}`: it needs a value that a later stage makes, \
+                     or shares memory with an operator of another stage"
+                ));
+            }
+        }
+        if !graph.batch().splittable
+            && (self.microbatches > 1 || self.stages.iter().any(|stage| stage.ranks.len() > 1))
+        {
+            return invalid(format!(
+                "the model's batch cannot be split ({}), so it needs 1 microbatch and 1 rank per stage",
+                graph.batch().reason.as_deref().unwrap_or("capture gave no reason")
+            ));
+        }
+        Ok(())
+    }
+
+    fn wanted(&self) -> BTreeMap<&str, usize> {
+        self.stages
+            .iter()
+            .enumerate()
+            .flat_map(|(stage, part)| part.nodes.iter().map(move |key| (key.as_str(), stage)))
+            .collect()
+    }
+
+    fn check_form(&self) -> Result<(), PlanError> {
+        if self.stages.is_empty() || self.microbatches == 0 || self.world_size == 0 {
+            return invalid(format!(
+                "it has {} stages, {} microbatches and {} processes; each must be at least 1",
+                self.stages.len(),
+                self.microbatches,
+                self.world_size
+            ));
+        }
+        let mut owner: BTreeMap<&str, usize> = BTreeMap::new();
+        for (index, stage) in self.stages.iter().enumerate() {
+            let ascending = stage.ranks.windows(2).all(|pair| pair[0] < pair[1]);
+            let last = stage.ranks.last().copied();
+            if !ascending || last.is_none_or(|last| last >= self.world_size) {
+                return invalid(format!(
+                    "stage {index} has ranks {:?}, needed at least one of 0 to {}, ascending",
+                    stage.ranks,
+                    self.world_size - 1
+                ));
+            }
+            for key in &stage.nodes {
+                if let Some(other) = owner.insert(key, index) {
+                    return invalid(format!(
+                        "the operator `{key}` is listed in stages {other} and {index}"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn invalid<T>(problem: String) -> Result<T, PlanError> {
+    Err(PlanError::Invalid { problem })
+}
+
+impl Placement {
+    /// Lays stages of operators over ranks.
+    pub(crate) fn new(
+        graph: &Graph,
+        mut nodes: Vec<FixedBitSet>,
+        ranks: &[Vec<u32>],
+        world_size: u32,
+        microbatches: u64,
+        schedule: ScheduleKind,
+    ) -> Self {
+        let users = graph.users();
+        place_returned_constants(graph, &mut nodes);
+        let flows = flows(graph, &nodes, &users);
+        let stages = placed_stages(graph, &nodes, ranks, &flows);
+        let groups = gradient_groups(graph, &stages);
+        let holders = holders(graph, &stages);
+        let pipeline = Pipeline {
+            world_size,
+            stages: stages
+                .iter()
+                .map(|stage| Stage {
+                    ranks: stage.ranks.iter().map(|&rank| RankId(rank)).collect(),
+                    backward: differentiates(graph, stage),
+                })
+                .collect(),
+            gradient_groups: pipeline_groups(graph, &stages, &groups),
+            flows,
+        };
+        Self { stages, groups, holders, pipeline, microbatches, schedule }
+    }
+
+    /// The schedule that training follows: 1F1B needs one scalar loss as the only thing to
+    /// differentiate, since every other backward waits for the caller's gradients.
+    pub fn training_schedule(&self) -> ScheduleKind {
+        let mut seeds = self
+            .pipeline
+            .flows
+            .iter()
+            .filter(|flow| flow.gradient && flow.to.contains(&Place::Sink));
+        match (seeds.next(), seeds.next()) {
+            (Some(flow), None) if flow.transport == Transport::Sum => self.schedule,
+            _ => ScheduleKind::FillDrain,
+        }
+    }
+
+    /// Every rank's actions for a batch with these rows per rank.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError::Schedule`] when the program breaks a rule, which would be a bug.
+    pub fn program(&self, rows: Vec<u64>, gather: bool, mode: Mode) -> Result<Program, PlanError> {
+        let batch = Batch { rows, gather, microbatches: self.microbatches };
+        let schedule = match mode {
+            Mode::Inference => ScheduleKind::FillDrain,
+            Mode::Training => self.training_schedule(),
+        };
+        Ok(rannc_schedule::compile(&self.pipeline, &batch, schedule, mode)?)
+    }
+}
+
+/// A result that depends on no input may have no user; the first stage then makes it.
+fn place_returned_constants(graph: &Graph, nodes: &mut [FixedBitSet]) {
+    for &output in graph.outputs() {
+        let mut needed: Vec<NodeId> = graph.producer(output).into_iter().collect();
+        if needed.iter().any(|id| nodes.iter().any(|stage| stage.contains(id.index()))) {
+            continue;
+        }
+        while let Some(id) = needed.pop() {
+            if !nodes[0].put(id.index()) {
+                needed.extend(graph.node(id).inputs.iter().filter_map(|&v| graph.producer(v)));
+            }
+        }
+    }
+}
+
+/// One flow for each value that leaves the place where it is made.
+fn flows(graph: &Graph, nodes: &[FixedBitSet], users: &Users) -> Vec<Flow> {
+    let stage_of = |stage: usize| Place::Stage(StageId(stage as u32));
+    let batch_nodes = graph.batch_nodes();
+    let returned: BTreeSet<ValueId> = graph.outputs().iter().copied().collect();
+    let mut flows = Vec::new();
+    for id in graph.value_ids() {
+        let value = graph.value(id);
+        let made_in = match graph.producer(id) {
+            Some(node) => nodes.iter().position(|stage| stage.contains(node.index())),
+            None if value.is_state() => {
+                let reads = |stage: &FixedBitSet| {
+                    users.of(id).iter().any(|user| stage.contains(user.index()))
+                };
+                Some(nodes.iter().position(reads).unwrap_or(0))
+            }
+            None => None,
+        };
+        let cloned = value.is_state()
+            || graph.producer(id).is_some_and(|n| !batch_nodes.contains(n.index()));
+        let mut to = Vec::new();
+        if !cloned {
+            for (stage, part) in nodes.iter().enumerate() {
+                let reads = users.of(id).iter().any(|user| part.contains(user.index()));
+                if reads && Some(stage) != made_in {
+                    to.push(stage_of(stage));
+                }
+            }
+        }
+        if returned.contains(&id) {
+            to.push(Place::Sink);
+        }
+        if to.is_empty() || (made_in.is_none() && value.kind != ValueKind::Input) {
+            continue;
+        }
+        flows.push(Flow {
+            value: id.0,
+            transport: transport(value),
+            from: made_in.map_or(Place::Source, stage_of),
+            to,
+            gradient: value.requires_grad,
+            bytes: value.affine_bytes(),
+        });
+    }
+    flows
+}
+
+fn transport(value: &Value) -> Transport {
+    match value.rows {
+        Rows::Split { .. } => Transport::Split,
+        Rows::Sum => Transport::Sum,
+        Rows::None | Rows::Whole => Transport::Whole,
+    }
+}
+
+fn placed_stages(
+    graph: &Graph,
+    nodes: &[FixedBitSet],
+    ranks: &[Vec<u32>],
+    flows: &[Flow],
+) -> Vec<PlacedStage> {
+    let mut stages: Vec<PlacedStage> = nodes
+        .iter()
+        .zip(ranks)
+        .map(|(part, ranks)| PlacedStage {
+            ranks: ranks.clone(),
+            nodes: part.ones().map(NodeId::new).collect(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            state: state_of(graph, part),
+        })
+        .collect();
+    for flow in flows {
+        let value = ValueId(flow.value);
+        if let Place::Stage(stage) = flow.from {
+            stages[stage.0 as usize].outputs.push(value);
+            if graph.value(value).is_state() {
+                let state = &mut stages[stage.0 as usize].state;
+                if let Err(position) = state.binary_search(&value) {
+                    state.insert(position, value);
+                }
+            }
+        }
+        for place in &flow.to {
+            if let Place::Stage(stage) = place {
+                stages[stage.0 as usize].inputs.push(value);
+            }
+        }
+    }
+    stages
+}
+
+fn state_of(graph: &Graph, part: &FixedBitSet) -> Vec<ValueId> {
+    let read: BTreeSet<ValueId> =
+        part.ones().flat_map(|index| graph.nodes()[index].inputs.iter().copied()).collect();
+    read.into_iter().filter(|&id| graph.value(id).is_state()).collect()
+}
+
+fn differentiates(graph: &Graph, stage: &PlacedStage) -> bool {
+    stage.outputs.iter().any(|&id| graph.value(id).requires_grad)
+}
+
+fn is_trainable(value: &Value) -> bool {
+    value.kind == ValueKind::Parameter && value.requires_grad
+}
+
+fn ranks_by_state(stages: &[PlacedStage]) -> BTreeMap<ValueId, BTreeSet<u32>> {
+    let mut ranks: BTreeMap<ValueId, BTreeSet<u32>> = BTreeMap::new();
+    for stage in stages {
+        for &id in &stage.state {
+            ranks.entry(id).or_default().extend(&stage.ranks);
+        }
+    }
+    ranks
+}
+
+fn gradient_groups(graph: &Graph, stages: &[PlacedStage]) -> Vec<Group> {
+    let mut groups: BTreeMap<Vec<u32>, Vec<ValueId>> = BTreeMap::new();
+    for (id, ranks) in ranks_by_state(stages) {
+        if ranks.len() > 1 && is_trainable(graph.value(id)) {
+            groups.entry(ranks.into_iter().collect()).or_default().push(id);
+        }
+    }
+    groups.into_iter().map(|(ranks, parameters)| Group { ranks, parameters }).collect()
+}
+
+fn holders(graph: &Graph, stages: &[PlacedStage]) -> BTreeMap<String, Vec<u32>> {
+    ranks_by_state(stages)
+        .into_iter()
+        .filter(|(id, _)| graph.value(*id).kind != ValueKind::Constant)
+        .map(|(id, ranks)| (graph.value(id).name.clone(), ranks.into_iter().collect()))
+        .collect()
+}
+
+fn pipeline_groups(graph: &Graph, stages: &[PlacedStage], groups: &[Group]) -> Vec<GradientGroup> {
+    groups
+        .iter()
+        .enumerate()
+        .map(|(index, group)| GradientGroup {
+            id: index as u32,
+            ranks: group.ranks.iter().map(|&rank| RankId(rank)).collect(),
+            stages: stages
+                .iter()
+                .enumerate()
+                .filter(|(_, stage)| group.parameters.iter().any(|id| stage.state.contains(id)))
+                .map(|(stage, _)| StageId(stage as u32))
+                .collect(),
+            bytes: group.parameters.iter().map(|&id| graph.value(id).bytes(0)).sum(),
+        })
+        .collect()
+}

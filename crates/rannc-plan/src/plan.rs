@@ -1,0 +1,78 @@
+//! What was decided, and what it was expected to cost.
+
+use rannc_cost::{ScheduleKind, StageMemory};
+use serde::{Deserialize, Serialize};
+
+/// A deployment: which ranks run which operators, in how many microbatches, in which order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The model's class name.
+    pub model: String,
+    /// Which model it belongs to: a hash of its operators, parameters and buffers.
+    pub model_identity: String,
+    /// The number of processes.
+    pub world_size: u32,
+    /// Rows of the global batch it was made for; it runs with any.
+    pub batch_size: u64,
+    /// How many parts the batch is cut into.
+    pub microbatches: u64,
+    /// The order of forwards and backwards.
+    pub schedule: ScheduleKind,
+    /// The parts of the model, in the order in which values flow.
+    pub stages: Vec<PlanStage>,
+    /// What the planner expected; absent in plans written by hand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimates: Option<Estimates>,
+}
+
+/// One part of the model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanStage {
+    /// The processes that hold a replica of it, ascending.
+    pub ranks: Vec<u32>,
+    /// Keys of its operators. Those that depend on no input run wherever they are needed and are not
+    /// listed.
+    pub nodes: Vec<String>,
+}
+
+/// What a plan is expected to cost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Estimates {
+    /// Where the times come from: a measured device, or a device's data sheet.
+    pub costs_of: String,
+    /// Duration of one training step as simulated, without the optimizer's own step.
+    pub step_ns: u64,
+    /// By stage, for one microbatch on one replica.
+    pub stages: Vec<StageEstimate>,
+    /// By rank.
+    pub ranks: Vec<RankEstimate>,
+}
+
+/// Times of one stage for one microbatch on one replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageEstimate {
+    /// Rows of one microbatch on one replica, the most that any has.
+    pub rows: u64,
+    /// Forward time.
+    pub forward_ns: u64,
+    /// Backward time.
+    pub backward_ns: u64,
+    /// Time to sum the gradients of its parameters over the ranks that hold them, once a step.
+    pub all_reduce_ns: u64,
+}
+
+/// Peak memory of one rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankEstimate {
+    /// The process.
+    pub rank: u32,
+    /// What the memory goes to.
+    pub memory: StageMemory,
+    /// What the device may use.
+    pub limit_bytes: u64,
+}

@@ -1,0 +1,235 @@
+//! `Plan`, `Placement` and the planner.
+
+#![expect(clippy::needless_pass_by_value, reason = "paths come from Python by value")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use rannc_cost::{Cluster, Profile};
+use rannc_graph::ValueId;
+use rannc_schedule::{Mode, ScheduleKind};
+
+use crate::error::{raise_cost, raise_deployment, raise_plan};
+use crate::graph::Graph;
+use crate::schedule::Program;
+
+/// What was decided: a deployment.
+#[pyclass(frozen, module = "pyrannc._core")]
+pub(crate) struct Plan {
+    plan: rannc_plan::Plan,
+}
+
+/// A plan applied to a graph.
+#[pyclass(frozen, module = "pyrannc._core")]
+pub(crate) struct Placement {
+    placed: rannc_plan::Placement,
+    nodes: Vec<Vec<String>>,
+    parameters: Vec<Vec<String>>,
+}
+
+/// One stage of a placement.
+#[pyclass(frozen, get_all, module = "pyrannc._core")]
+pub(crate) struct PlacedStage {
+    /// The processes that hold a replica.
+    ranks: Vec<u32>,
+    /// Keys of its operators in topological order.
+    nodes: Vec<String>,
+    /// Ids of the values it receives.
+    inputs: Vec<u32>,
+    /// Ids of the values it hands on or returns.
+    outputs: Vec<u32>,
+}
+
+/// Plans a deployment.
+///
+/// The costs are those of `profile_json`, or, without one, estimated for the cluster's devices.
+#[pyfunction]
+#[pyo3(signature = (
+    graph, cluster_json, *, profile_json = None, batch_size, optimizer_state_factor = 2.0,
+    partition_num = 0, replica_num = 0, pipeline_num = 0, min_pipeline = 1, max_pipeline = 32,
+    max_partition_num = 32, mem_limit_gb = 0.0, mem_margin = 0.1, schedule = "auto",
+))]
+#[expect(clippy::too_many_arguments, reason = "the items of the configuration, by name")]
+pub(crate) fn plan(
+    py: Python<'_>,
+    graph: &Graph,
+    cluster_json: &str,
+    profile_json: Option<&str>,
+    batch_size: u64,
+    optimizer_state_factor: f64,
+    partition_num: usize,
+    replica_num: usize,
+    pipeline_num: u64,
+    min_pipeline: u64,
+    max_pipeline: u64,
+    max_partition_num: usize,
+    mem_limit_gb: f64,
+    mem_margin: f64,
+    schedule: &str,
+) -> PyResult<Plan> {
+    let cluster = Cluster::from_json(cluster_json).map_err(raise_cost)?;
+    let profile = profile_json.map(Profile::from_json).transpose().map_err(raise_cost)?;
+    let schedules = match schedule {
+        "auto" => vec![ScheduleKind::FillDrain, ScheduleKind::OneForwardOneBackward],
+        name => vec![name.parse::<ScheduleKind>().map_err(raise_cost)?],
+    };
+    let forced = |number: usize| (number > 0).then_some(number);
+    let options = rannc_plan::Options {
+        batch_size,
+        optimizer_state_factor,
+        num_stages: forced(partition_num),
+        num_replicas: forced(replica_num),
+        microbatches: (pipeline_num > 0).then_some(pipeline_num),
+        min_microbatches: min_pipeline,
+        max_microbatches: max_pipeline,
+        max_blocks: max_partition_num,
+        memory_limit_gib: (mem_limit_gb > 0.0).then_some(mem_limit_gb),
+        memory_margin: mem_margin,
+        schedules,
+    };
+    let plan =
+        py.detach(|| rannc_plan::compile(&graph.graph, profile.as_ref(), &cluster, &options));
+    Ok(Plan { plan: plan.map_err(raise_plan)? })
+}
+
+#[pymethods]
+impl Plan {
+    /// Reads the JSON form.
+    #[staticmethod]
+    fn from_json(text: &str) -> PyResult<Self> {
+        Ok(Self { plan: rannc_plan::Plan::from_json(text).map_err(raise_deployment)? })
+    }
+
+    /// Reads a deployment file.
+    #[staticmethod]
+    fn load(path: PathBuf) -> PyResult<Self> {
+        Ok(Self { plan: rannc_plan::Plan::load(&path).map_err(raise_deployment)? })
+    }
+
+    /// Writes a deployment file.
+    fn save(&self, path: PathBuf) -> PyResult<()> {
+        self.plan.save(&path).map_err(raise_deployment)
+    }
+
+    /// The JSON form.
+    fn to_json(&self) -> String {
+        self.plan.to_json()
+    }
+
+    /// Raises unless the plan is one for this graph and this many processes.
+    fn check(&self, graph: &Graph, world_size: u32) -> PyResult<()> {
+        self.plan.check(&graph.graph, world_size).map_err(raise_deployment)
+    }
+
+    /// Applies the plan to a graph of its model.
+    fn place(&self, graph: &Graph) -> PyResult<Placement> {
+        let placement = self.plan.place(&graph.graph).map_err(raise_deployment)?;
+        let key = |id: &rannc_graph::NodeId| graph.graph.node(*id).key.clone();
+        let name = |id: &ValueId| graph.graph.value(*id).name.clone();
+        let nodes = placement.stages.iter().map(|stage| stage.nodes.iter().map(key).collect());
+        let parameters =
+            placement.groups.iter().map(|group| group.parameters.iter().map(name).collect());
+        Ok(Placement {
+            nodes: nodes.collect(),
+            parameters: parameters.collect(),
+            placed: placement,
+        })
+    }
+
+    /// The report that people read; for a global batch of `rows` also how it is cut.
+    #[pyo3(signature = (rows = None))]
+    fn report(&self, rows: Option<u64>) -> String {
+        rows.map_or_else(|| self.plan.report(), |rows| self.plan.report_for(rows))
+    }
+
+    /// The number of processes.
+    #[getter]
+    fn world_size(&self) -> u32 {
+        self.plan.world_size
+    }
+
+    /// The number of stages.
+    #[getter]
+    fn num_stages(&self) -> usize {
+        self.plan.stages.len()
+    }
+
+    /// The ranks of each stage.
+    #[getter]
+    fn stage_ranks(&self) -> Vec<Vec<u32>> {
+        self.plan.stages.iter().map(|stage| stage.ranks.clone()).collect()
+    }
+
+    /// How many parts the batch is cut into.
+    #[getter]
+    fn microbatches(&self) -> u64 {
+        self.plan.microbatches
+    }
+
+    /// `fill_drain` or `1f1b`.
+    #[getter]
+    fn schedule(&self) -> String {
+        self.plan.schedule.to_string()
+    }
+
+    /// Predicted peak bytes by rank; none for a plan written by hand.
+    #[getter]
+    fn predicted_bytes(&self) -> Option<Vec<u64>> {
+        let estimates = self.plan.estimates.as_ref()?;
+        Some(estimates.ranks.iter().map(|rank| rank.memory.total()).collect())
+    }
+
+    /// Predicted nanoseconds of a step; none for a plan written by hand.
+    #[getter]
+    fn predicted_step_ns(&self) -> Option<u64> {
+        self.plan.estimates.as_ref().map(|estimates| estimates.step_ns)
+    }
+
+    fn __str__(&self) -> String {
+        self.plan.report()
+    }
+}
+
+#[pymethods]
+impl Placement {
+    /// The stages, in the order in which values flow.
+    #[getter]
+    fn stages(&self) -> Vec<PlacedStage> {
+        let ids = |values: &[ValueId]| values.iter().map(|id| id.0).collect();
+        self.placed
+            .stages
+            .iter()
+            .zip(&self.nodes)
+            .map(|(stage, nodes)| PlacedStage {
+                ranks: stage.ranks.clone(),
+                nodes: nodes.clone(),
+                inputs: ids(&stage.inputs),
+                outputs: ids(&stage.outputs),
+            })
+            .collect()
+    }
+
+    /// For each gradient group its ranks and the names of its parameters.
+    #[getter]
+    fn gradient_groups(&self) -> Vec<(Vec<u32>, Vec<String>)> {
+        let groups = self.placed.groups.iter().zip(&self.parameters);
+        groups.map(|(group, names)| (group.ranks.clone(), names.clone())).collect()
+    }
+
+    /// The ranks that hold each parameter and buffer that a stage uses, by name.
+    #[getter]
+    fn holders(&self) -> BTreeMap<String, Vec<u32>> {
+        self.placed.holders.clone()
+    }
+
+    /// Every rank's actions for a batch with these rows per rank, checked.
+    #[pyo3(signature = (rows, *, gather, training))]
+    fn program(&self, rows: Vec<u64>, gather: bool, training: bool) -> PyResult<Program> {
+        let mode = if training { Mode::Training } else { Mode::Inference };
+        let program = self.placed.program(rows, gather, mode).map_err(raise_plan)?;
+        let fused = training && program.backward.iter().all(Vec::is_empty);
+        let fused = fused && self.placed.training_schedule() == ScheduleKind::OneForwardOneBackward;
+        Ok(Program { program, fused })
+    }
+}

@@ -1,0 +1,360 @@
+"""Processes and the messages between them, on ``torch.distributed``.
+
+A :class:`Communicator` is one process's view of all processes: its rank, the groups it shares, and what
+happens when one of them fails. With a single process nothing is started at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import queue
+import subprocess
+import threading
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import ExecutionError, RaNNCError
+
+_connections = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher says in the environment: who this process is and how to find the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_address: str
+    master_port: int
+
+    @classmethod
+    def from_environment(cls, environ: dict[str, str] | None = None) -> Launch:
+        """Reads the variables of torchrun, Open MPI, MPICH or Slurm; without any: one process."""
+        env = dict(os.environ) if environ is None else environ
+        for names in (
+            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+            (
+                "OMPI_COMM_WORLD_RANK",
+                "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK",
+                "OMPI_COMM_WORLD_LOCAL_SIZE",
+            ),
+            ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+            ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
+        ):
+            if names[0] in env and names[1] in env:
+                rank, world_size, local_rank, local_world_size = (
+                    _leading_number(env.get(name), default)
+                    for name, default in zip(names, (0, 1, 0, 1), strict=True)
+                )
+                address = env.get("MASTER_ADDR") or _first_host(env)
+                port = int(env.get("MASTER_PORT") or 20000 + _job_number(env) % 20000)
+                return cls(rank, world_size, local_rank, local_world_size, address, port)
+        return cls(0, 1, 0, 1, "127.0.0.1", 0)
+
+
+def _leading_number(text: str | None, default: int) -> int:
+    digits = ""
+    for character in text or "":
+        if not character.isdigit():
+            break
+        digits += character
+    return int(digits) if digits else default
+
+
+def _first_host(env: dict[str, str]) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return "127.0.0.1"
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    command = ["scontrol", "show", "hostnames", nodes]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if found.returncode != 0 or not found.stdout.split():
+        raise RaNNCError(
+            f"cannot tell the first host of `{nodes}`: `scontrol show hostnames` failed; "
+            "set MASTER_ADDR to the host of rank 0"
+        )
+    return found.stdout.split()[0]
+
+
+def _job_number(env: dict[str, str]) -> int:
+    for name in ("SLURM_JOB_ID", "OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE", "PBS_JOBID"):
+        digits = "".join(character for character in env.get(name, "") if character.isdigit())
+        if digits:
+            return int(digits)
+    return 9500
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process where there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        index = Launch.from_environment().local_rank % torch.accelerator.device_count()
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        return torch.device(accelerator.type, index)
+    return torch.device("cpu")
+
+
+def ensure_process_group(timeout: timedelta) -> None:
+    """Joins the default process group if the launcher started several processes and nobody has yet."""
+    launch = Launch.from_environment()
+    if dist.is_initialized() or launch.world_size == 1:
+        return
+    device = default_device()
+    backend = dist.get_default_backend_for_device(device)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+        backend = f"cpu:gloo,{device.type}:{backend}"
+    store_url = f"tcp://{launch.master_address}:{launch.master_port}"
+    using_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
+    dist.init_process_group(
+        backend,
+        init_method="env://" if using_torchrun else store_url,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+    )
+
+
+def get_rank() -> int:
+    """This process's number among all processes, from 0."""
+    return dist.get_rank() if dist.is_initialized() else Launch.from_environment().rank
+
+
+def get_world_size() -> int:
+    """The number of processes."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return Launch.from_environment().world_size
+
+
+class _Reaper:
+    """Keeps what is being sent alive until it has arrived, and no longer.
+
+    Gloo completes a send only inside ``wait()``, so a thread waits for them in order.
+    """
+
+    def __init__(self) -> None:
+        self._pending: queue.SimpleQueue[tuple[Any, torch.Tensor | None] | None] = (
+            queue.SimpleQueue()
+        )
+        self._failure: Exception | None = None
+        self._idle = threading.Condition()
+        self._outstanding = 0
+        self._thread = threading.Thread(target=self._reap, name="pyrannc-sends", daemon=True)
+        self._thread.start()
+
+    def add(self, work: Any, tensor: torch.Tensor) -> None:
+        with self._idle:
+            self._outstanding += 1
+        self._pending.put((work, tensor))
+
+    def _reap(self) -> None:
+        while (item := self._pending.get()) is not None:
+            try:
+                item[0].wait()
+            except Exception as error:  # noqa: BLE001 - handed to the waiting thread
+                self._failure = error
+            del item
+            with self._idle:
+                self._outstanding -= 1
+                self._idle.notify_all()
+
+    def wait(self) -> None:
+        """Returns when all that was sent has arrived.
+
+        Raises:
+            Exception: the first failure of a send.
+        """
+        with self._idle:
+            self._idle.wait_for(lambda: self._outstanding == 0)
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        self._pending.put(None)
+
+
+@dataclass(slots=True)
+class Received:
+    """A receive that was posted: the tensor is valid after :meth:`wait`."""
+
+    tensor: torch.Tensor
+    work: Any
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, once it is there."""
+        self.work.wait()
+        return self.tensor
+
+
+@dataclass(slots=True)
+class Communicator:
+    """One process's connections to the others.
+
+    Attributes:
+        rank: this process.
+        world_size: how many there are.
+        device: where this process computes.
+        timeout: how long to wait for another process.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    timeout: timedelta
+    _world: dist.ProcessGroup | None = None
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    _reaper: _Reaper | None = None
+    _failure_key: str = ""
+    _failed: bool = False
+
+    @classmethod
+    def connect(cls, timeout: timedelta, device: torch.device | None = None) -> Communicator:
+        """Joins the other processes. Collective: every process must call it."""
+        ensure_process_group(timeout)
+        device = device or default_device()
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(0, 1, device, timeout)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        # A group of our own: tearing it down on failure wakes the others and leaves the user's alone.
+        world = dist.new_group(list(range(world_size)), timeout=timeout)
+        key = f"pyrannc/failure/{next(_connections)}"
+        return cls(rank, world_size, device, timeout, world, _reaper=_Reaper(), _failure_key=key)
+
+    def create_groups(self, groups: list[list[int]]) -> None:
+        """Makes the groups for later reductions. Collective, with the same list on every rank."""
+        for ranks in groups:
+            key = tuple(ranks)
+            if len(ranks) == self.world_size or len(ranks) == 1 or key in self._groups:
+                continue
+            self._groups[key] = dist.new_group(ranks, timeout=self.timeout)
+
+    def all_reduce(self, tensor: torch.Tensor, ranks: list[int] | None = None) -> torch.Tensor:
+        """Sums ``tensor`` in place over ``ranks`` (default: all)."""
+        if self.world_size > 1 and (ranks is None or len(ranks) > 1):
+            dist.all_reduce(tensor, group=self._group(ranks))
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Overwrites ``tensor`` with that of rank ``source`` on every rank."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, source, group=self._world)
+        return tensor
+
+    def all_gather_row(self, numbers: list[int]) -> list[list[int]]:
+        """Every rank's ``numbers`` (the same count on each), by rank."""
+        if self.world_size == 1:
+            return [numbers]
+        row = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        rows = [torch.empty_like(row) for _ in range(self.world_size)]
+        dist.all_gather(rows, row, group=self._world)
+        return [gathered.tolist() for gathered in rows]
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable ``value``, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._world)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's picklable ``value``."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._world)
+        return box[0]
+
+    def send(self, tensor: torch.Tensor, peer: int) -> None:
+        """Starts sending a contiguous tensor and keeps it alive until it has arrived."""
+        assert self._reaper is not None
+        wire = _wire(tensor)
+        self._reaper.add(dist.isend(wire, peer, group=self._world), wire)
+
+    def receive(self, tensor: torch.Tensor, peer: int) -> Received:
+        """Posts a receive into a contiguous tensor."""
+        return Received(tensor, dist.irecv(_wire(tensor), peer, group=self._world))
+
+    def finish_sends(self) -> None:
+        """Returns when everything sent has arrived."""
+        if self._reaper is not None:
+            self._reaper.wait()
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.all_gather_row([self.rank])
+
+    def send_to_zero(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Rank 0's copy of ``tensor`` as ``source`` holds it; a point-to-point transfer."""
+        if source != 0:
+            if self.rank == source:
+                dist.send(_wire(tensor.contiguous()), 0, group=self._world)
+            elif self.rank == 0:
+                dist.recv(_wire(tensor), source, group=self._world)
+        return tensor
+
+    def fail(self, error: Exception) -> Exception:
+        """Leaves because of ``error``, and returns what to raise: the first failure of any rank.
+
+        Closing the connections makes every wait on this rank end at once; those that it wakes find the
+        first failure in the store, leave too, and so wake the next.
+        """
+        if self.world_size == 1:
+            return error
+        first = str(error)
+        store = _default_store()
+        if store is not None and not self._failed:
+            first = _put_once(store, self._failure_key, first)
+        self._failed = True
+        self.close()
+        if first == str(error):
+            return error
+        return ExecutionError(f"rank {self.rank} stopped because another rank failed: {first}")
+
+    def close(self) -> None:
+        """Closes the connections that were opened here; the default process group stays."""
+        if self._reaper is not None:
+            self._reaper.stop()
+            self._reaper = None
+        for group in [*self._groups.values(), self._world]:
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
+        self._groups.clear()
+        self._world = None
+        gc.collect()
+
+    def _group(self, ranks: list[int] | None) -> dist.ProcessGroup | None:
+        if ranks is None or len(ranks) == self.world_size:
+            return self._world
+        return self._groups[tuple(ranks)]
+
+
+def _wire(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type that every backend can carry."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def _default_store() -> dist.Store | None:
+    try:
+        return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - no public accessor exists
+    except (ValueError, RuntimeError):
+        return None
+
+
+def _put_once(store: dist.Store, key: str, text: str) -> str:
+    """Puts ``text`` under ``key`` unless something is there, and returns what is there then."""
+    try:
+        return store.compare_set(key, "", text).decode()
+    except RuntimeError:
+        return text

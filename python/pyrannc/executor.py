@@ -1,0 +1,301 @@
+"""The executor: one loop over one rank's actions.
+
+It knows no schedule. What runs, in which order, and what goes where was decided (and checked) when the
+program was compiled; see ``rannc-schedule``. A tensor in assembly lies in a *slot*: a place (a stage, or
+the model's inputs or outputs), a microbatch, a value and a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import _slices
+from .errors import ExecutionError
+
+if TYPE_CHECKING:
+    from ._core import Action, Slot, ValueInfo
+    from .comm import Communicator, Received
+    from .stage import StageModule
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """A piece of a slot that is on its way."""
+
+    received: Received
+    rows: tuple[int, int] | None
+    total: int
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What one stage keeps of one microbatch between its forward and its backward."""
+
+    leaves: dict[int, torch.Tensor]
+    roots: dict[int, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Step:
+    """Everything that belongs to one call of the model, dropped when its backward is done.
+
+    Attributes:
+        total_rows: rows of the global batch.
+        denominators: what the rewritten mean losses divide by, summed over all ranks.
+        training: whether a backward may follow.
+        slots: tensors in assembly.
+        gradients: this step's gradients of the local parameters, by name.
+    """
+
+    total_rows: int
+    denominators: Sequence[torch.Tensor]
+    training: bool
+    slots: dict[Slot, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    _owned: set[Slot] = field(default_factory=set)
+    _arriving: dict[Slot, list[_Arriving]] = field(default_factory=dict)
+    _in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """Runs the actions of one rank.
+
+    Attributes:
+        comm: this rank's connections.
+        stages: the stages this rank holds a replica of, by number.
+        values: what is known of each tensor of the graph, by id.
+        groups: for each gradient group its ranks and the names of its parameters.
+    """
+
+    comm: Communicator
+    stages: dict[int, StageModule]
+    values: Sequence[ValueInfo]
+    groups: Sequence[tuple[list[int], list[str]]]
+
+    def run(self, actions: Sequence[Action], step: Step) -> None:
+        """Runs ``actions`` in order.
+
+        Raises:
+            ExecutionError: naming this rank and the action; the other ranks stop as well.
+        """
+        for action in actions:
+            try:
+                self._run(action, step)
+            except Exception as error:
+                raise self._explain(error, action) from error
+        try:
+            self.comm.finish_sends()
+        except Exception as error:
+            raise self._explain(error, None) from error
+
+    def _explain(self, error: Exception, action: Action | None) -> Exception:
+        own = ExecutionError(
+            f"{type(error).__name__}: {error}",
+            rank=self.comm.rank,
+            stage=None if action is None or action.stage < 0 else action.stage,
+            action="sending" if action is None else str(action),
+        )
+        return self.comm.fail(own)
+
+    def _run(self, action: Action, step: Step) -> None:
+        match action.kind:
+            case "forward":
+                self._forward(action, step)
+            case "backward":
+                self._backward(action, step)
+            case "send":
+                self._send(action, step)
+            case "recv":
+                self._receive(action, step)
+            case "copy":
+                self._copy(action, step)
+            case "reduce_gradients":
+                self._reduce_gradients(action.group, step)
+            case "reduce_output":
+                self._reduce_output(action, step)
+            case kind:
+                raise ExecutionError(f"this version does not know the action `{kind}`")
+
+    def _forward(self, action: Action, step: Step) -> None:
+        stage = self.stages[action.stage]
+        inputs: dict[int, torch.Tensor] = {}
+        leaves: dict[int, torch.Tensor] = {}
+        for value in stage.inputs:
+            tensor = self._take(step, action.value_slot(value), action.rows)
+            if step.training and self.values[value].requires_grad:
+                tensor = tensor.detach().requires_grad_()
+                leaves[value] = tensor
+            inputs[value] = tensor
+        row_share = action.rows / max(step.total_rows, 1)
+        with torch.set_grad_enabled(step.training):
+            outputs = stage(inputs, action.rows, row_share, step.denominators)
+        if step.training:
+            roots = {value: t for value, t in outputs.items() if t.requires_grad}
+            step._in_flight[action.stage, action.microbatch] = _InFlight(leaves, roots)  # noqa: SLF001
+        for value, tensor in outputs.items():
+            step.slots[action.value_slot(value)] = tensor.detach()
+
+    def _backward(self, action: Action, step: Step) -> None:
+        stage = self.stages[action.stage]
+        state = step._in_flight.pop((action.stage, action.microbatch))  # noqa: SLF001
+        roots, seeds = [], []
+        for value, root in state.roots.items():
+            seed = self._take_if_present(step, action.gradient_slot(value))
+            if seed is not None:
+                roots.append(root)
+                seeds.append(seed)
+        state.roots.clear()
+        parameters = {name: p for name, p in stage.parameters.items() if p.requires_grad}
+        targets = [*state.leaves.values(), *parameters.values()]
+        gradients: Sequence[torch.Tensor | None] = [None] * len(targets)
+        if roots and targets:
+            gradients = torch.autograd.grad(roots, targets, seeds, allow_unused=True)
+        num_leaves = len(state.leaves)
+        for (value, leaf), gradient in zip(
+            state.leaves.items(), gradients[:num_leaves], strict=True
+        ):
+            kept = torch.zeros_like(leaf) if gradient is None else gradient
+            step.slots[action.gradient_slot(value)] = kept.detach()
+        shared = {
+            g.untyped_storage().data_ptr()
+            for g in (*seeds, *gradients[:num_leaves])
+            if g is not None
+        }
+        _accumulate(step.gradients, parameters, gradients[num_leaves:], shared)
+
+    def _send(self, action: Action, step: Step) -> None:
+        piece = self._piece(step, action)
+        self.comm.send(piece.contiguous(), action.peer)
+
+    def _receive(self, action: Action, step: Step) -> None:
+        value = self.values[action.slot.value]
+        rows = (
+            action.total if action.slot_rows is None else action.slot_rows[1] - action.slot_rows[0]
+        )
+        buffer = _slices.empty(value, rows, self.comm.device)
+        arriving = _Arriving(self.comm.receive(buffer, action.peer), action.slot_rows, action.total)
+        step._arriving.setdefault(action.slot, []).append(arriving)  # noqa: SLF001
+
+    def _copy(self, action: Action, step: Step) -> None:
+        self._deposit(step, action.to_slot, self._piece(step, action), action.to_rows, action.total)
+
+    def _piece(self, step: Step, action: Action) -> torch.Tensor:
+        tensor = self._assembled(step, action.slot)
+        if tensor is None:
+            raise ExecutionError(f"slot `{action.slot}` is empty: the program is wrong")
+        if action.release:
+            self._drop(step, action.slot)
+        if action.slot_rows is None:
+            return tensor
+        return _slices.cut_rows(tensor, self.values[action.slot.value], *action.slot_rows)
+
+    def _deposit(
+        self,
+        step: Step,
+        slot: Slot,
+        piece: torch.Tensor,
+        rows: tuple[int, int] | None,
+        total: int,
+    ) -> None:
+        held = step.slots.get(slot)
+        if held is None and (rows is None or rows == (0, total)):
+            step.slots[slot] = piece
+            return
+        if slot not in step._owned:  # noqa: SLF001
+            # What became the slot whole may still be its sender's: never add to it in place.
+            value = self.values[slot.value]
+            held = _slices.zeros(value, total, piece.device) if held is None else held.clone()
+            step.slots[slot] = held
+            step._owned.add(slot)  # noqa: SLF001
+        assert held is not None
+        if rows is None:
+            held.add_(piece)
+        else:
+            _slices.add_rows(held, self.values[slot.value], *rows, piece)
+
+    def _assembled(self, step: Step, slot: Slot) -> torch.Tensor | None:
+        for piece in step._arriving.pop(slot, ()):  # noqa: SLF001
+            self._deposit(step, slot, piece.received.wait(), piece.rows, piece.total)
+        return step.slots.get(slot)
+
+    def _take_if_present(self, step: Step, slot: Slot) -> torch.Tensor | None:
+        tensor = self._assembled(step, slot)
+        self._drop(step, slot)
+        return tensor
+
+    def _drop(self, step: Step, slot: Slot) -> None:
+        step.slots.pop(slot, None)
+        step._owned.discard(slot)  # noqa: SLF001
+
+    def _take(self, step: Step, slot: Slot, rows: int) -> torch.Tensor:
+        tensor = self._take_if_present(step, slot)
+        if tensor is None:  # a sum that nobody contributed to
+            tensor = _slices.zeros(self.values[slot.value], rows, self.comm.device)
+        return tensor
+
+    def _reduce_gradients(self, group: int, step: Step) -> None:
+        ranks, names = self.groups[group]
+        parameters = {
+            name: p for stage in self.stages.values() for name, p in stage.parameters.items()
+        }
+        for name in names:
+            if name not in step.gradients:
+                step.gradients[name] = torch.zeros_like(parameters[name])
+        for bucket in _buckets([step.gradients[name] for name in names]):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            self.comm.all_reduce(flat, ranks)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _reduce_output(self, action: Action, step: Step) -> None:
+        slot = action.slot
+        partial = self._assembled(step, slot)
+        if partial is None:
+            partial = _slices.zeros(self.values[slot.value], 0, self.comm.device)
+        step.slots[slot] = self.comm.all_reduce(partial.contiguous().clone())
+
+
+def _accumulate(
+    total: dict[str, torch.Tensor],
+    parameters: dict[str, torch.nn.Parameter],
+    gradients: Sequence[torch.Tensor | None],
+    seen: set[int],
+) -> None:
+    """Adds each gradient to the sum for its parameter; sums share no memory with anything in ``seen``."""
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if name in total:
+            total[name].add_(gradient)
+            continue
+        storage = gradient.untyped_storage()
+        own = gradient.is_contiguous() and storage.nbytes() == gradient.nbytes
+        if not own or storage.data_ptr() in seen:
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        seen.add(gradient.untyped_storage().data_ptr())
+        total[name] = gradient.detach()
+
+
+def _buckets(
+    gradients: list[torch.Tensor], limit_bytes: int = 32 * 2**20
+) -> list[list[torch.Tensor]]:
+    """Cuts a list into runs of one type and about ``limit_bytes``, so that messages are few but small."""
+    buckets: list[list[torch.Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        if (
+            buckets
+            and buckets[-1][0].dtype == gradient.dtype
+            and size + gradient.nbytes <= limit_bytes
+        ):
+            buckets[-1].append(gradient)
+            size += gradient.nbytes
+        else:
+            buckets.append([gradient])
+            size = gradient.nbytes
+    return buckets

@@ -1,0 +1,305 @@
+"""The one line: :class:`RaNNCModule` wraps a model, and training goes on as it was."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from . import _core, state
+from .comm import ensure_process_group, get_rank, get_world_size
+from .config import Config
+from .errors import DeploymentError, RaNNCError
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from os import PathLike
+
+_LOSS_REDUCTIONS = ("mean", "sum")
+_live: weakref.WeakSet[RaNNCModule] = weakref.WeakSet()
+
+
+class RaNNCModule(torch.nn.Module):
+    """A model that trains over all processes as the bare model would on one.
+
+    The first call captures the model, plans how to split it, and moves each part to its processes; calls
+    must therefore happen on all processes together. Each process passes its own local batch and gets its
+    own rows back; a scalar loss is that of the global batch on every process.
+
+    Args:
+        model: any model that PyTorch can run. Its parameters must be equal on all processes or will be
+            made so: those of rank 0 count.
+        optimizer: the optimizer of its parameters; afterwards it keeps those of this process.
+        gather_inputs: whether the global batch is all local batches together (``True``), or rank 0's
+            alone, whose outputs every process then gets (``False``).
+        load_deployment: a file of :meth:`save_deployment` to use instead of planning.
+        loss_reduction: how a loss that you compute *outside* the model reduces over rows. ``"mean"``: the
+            gradients you pass to the outputs are weighted by this process's share of the rows, as in
+            ``DistributedDataParallel``. ``"sum"``: they are taken as they are.
+        config: settings; by default those of ``rannc_conf.toml`` and the ``RANNC_*`` variables.
+
+    Raises:
+        ConfigurationError: for a setting that is not valid.
+        RaNNCError: for an argument that is not valid.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        gather_inputs: bool = True,  # noqa: FBT001, FBT002 - the original's signature
+        load_deployment: str | PathLike[str] | None = None,
+        *,
+        loss_reduction: str = "mean",
+        config: Config | None = None,
+    ) -> None:
+        """Wraps ``model``; nothing is planned before the first call."""
+        super().__init__()
+        if not isinstance(model, torch.nn.Module):
+            raise RaNNCError(f"`model` is a {type(model).__name__}, needed a torch.nn.Module")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise RaNNCError(
+                f"`optimizer` is a {type(optimizer).__name__}, needed a torch.optim.Optimizer or None"
+            )
+        if loss_reduction not in _LOSS_REDUCTIONS:
+            raise RaNNCError(f'`loss_reduction` is {loss_reduction!r}, needed "mean" or "sum"')
+        self.model = model
+        self._runtime = Runtime(
+            model,
+            optimizer,
+            gather_inputs=gather_inputs,
+            load_deployment=None if load_deployment is None else str(load_deployment),
+            loss_reduction=loss_reduction,
+            config=config or Config.load(),
+        )
+        _live.add(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model on this process's batch; collective, planning at the first call."""
+        return self._runtime.call(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the wrapped model, where this class has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "_runtime"):
+                raise
+            return getattr(self.model, name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RaNNCModule:  # noqa: FBT001, FBT002 - torch's
+        """Leaves parameters where deployment put them."""
+        if not self._runtime.deployed:
+            self.model._apply(fn, recurse)  # noqa: SLF001 - what nn.Module does for its children
+            return self
+        raise RaNNCError(
+            "the model's parameters were placed when it was deployed and cannot be moved or converted",
+            hint="call to(), cuda(), half() and the like on the model before wrapping it",
+        )
+
+    @property
+    def deployment(self) -> _core.Plan:
+        """The plan in force; ``str()`` of it is a report for people.
+
+        Raises:
+            RaNNCError: before the first call.
+        """
+        self._needs_deployment("deployment")
+        return self._runtime.plan
+
+    def named_parameters(
+        self,
+        prefix: str = "",
+        recurse: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
+        *,
+        from_global: bool = False,
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Names, as in the bare model, and parameters that this process holds.
+
+        Args:
+            prefix: put before each name.
+            recurse: as in ``nn.Module``.
+            remove_duplicate: as in ``nn.Module``.
+            from_global: also those that other processes hold. Of these only shape and type can be read
+                here; :meth:`get_param` brings the values.
+        """
+        local = {id(p) for p in self._runtime.local_parameters().values()}
+        for name, parameter in self.model.named_parameters(prefix, recurse, remove_duplicate):
+            if from_global or id(parameter) in local:
+                yield name, parameter
+
+    def parameters(
+        self,
+        recurse: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        *,
+        from_global: bool = False,
+    ) -> Iterator[torch.nn.Parameter]:
+        """The parameters that this process holds; see :meth:`named_parameters`."""
+        for _, parameter in self.named_parameters(recurse=recurse, from_global=from_global):
+            yield parameter
+
+    def named_buffers(
+        self,
+        prefix: str = "",
+        recurse: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names, as in the bare model, and buffers."""
+        yield from self.model.named_buffers(prefix, recurse, remove_duplicate)
+
+    def get_param(self, name: str) -> torch.Tensor:
+        """A copy of one full parameter on every process; collective.
+
+        Raises:
+            RaNNCError: when the model has no parameter of that name.
+        """
+        parameter = self._parameter(name)
+        if not self._runtime.deployed:
+            return parameter.detach().clone()
+        full = self._runtime.holders.everywhere(self._canonical(name), parameter, parameter)
+        assert full is not None
+        return full
+
+    def get_param_grad(self, name: str) -> torch.Tensor | None:
+        """A copy of one parameter's full gradient on every process, ``None`` without one; collective.
+
+        Raises:
+            RaNNCError: when the model has no parameter of that name.
+        """
+        parameter = self._parameter(name)
+        if not self._runtime.deployed:
+            return None if parameter.grad is None else parameter.grad.detach().clone()
+        return self._runtime.holders.everywhere(self._canonical(name), parameter.grad, parameter)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All parameters and persistent buffers by their names in the bare model; collective.
+
+        Returns:
+            Full tensors on the CPU on rank 0, an empty dictionary on the others; before the first call,
+            what the bare model returns.
+        """
+        own = self.model.state_dict(*args, **{**kwargs, "keep_vars": True})
+        if not self._runtime.deployed:
+            return self.model.state_dict(*args, **kwargs)
+        holders = self._runtime.holders
+        gathered: dict[int, torch.Tensor | None] = {}
+        names = {id(t): name for name, t in [*self._runtime.parameters.items(), *self._runtime.buffers.items()]}
+        for tensor in own.values():
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in gathered:
+                gathered[id(tensor)] = holders.on_rank_zero(names.get(id(tensor), ""), tensor)
+        if self._runtime.comm.rank != 0:
+            return {}
+        return {
+            name: gathered[id(item)] if isinstance(item, torch.Tensor) else item
+            for name, item in own.items()
+        }
+
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        assign: bool = False,  # noqa: FBT001, FBT002
+    ) -> Any:
+        """Takes this process's part of a full state by the names of the bare model.
+
+        Every process must pass the full state. ``assign`` works before the first call only.
+
+        Raises:
+            RuntimeError: when names do not match and ``strict`` is set, as in ``nn.Module``.
+            RaNNCError: when a shape differs; nothing is changed then.
+        """
+        if not self._runtime.deployed:
+            return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+        if assign:
+            raise RaNNCError("`assign=True` would replace parameters that are already placed; leave it out")
+        own = self.model.state_dict(keep_vars=True)
+        missing = [name for name in own if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in own]
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"the given state does not match the model: missing {missing or 'nothing'}, "
+                f"unexpected {unexpected or 'nothing'}"
+            )
+        local = {id(p) for p in self._runtime.local_parameters().values()}
+        buffers = {id(b) for b in self._runtime.buffers.values()}
+        targets = {name: t for name, t in own.items() if id(t) in local or id(t) in buffers}
+        state.copy_local(targets, {name: t for name, t in state_dict.items() if name in targets})
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)  # noqa: SLF001 - torch's type
+
+    def save_deployment(self, path: str | PathLike[str]) -> None:
+        """Writes the plan as JSON; rank 0 writes, the others wait.
+
+        Raises:
+            DeploymentError: when the file cannot be written.
+        """
+        self._needs_deployment("save_deployment")
+        problem = None
+        if self._runtime.comm.rank == 0:
+            try:
+                self._runtime.plan.save(str(path))
+            except DeploymentError as error:
+                problem = error
+        problem = self._runtime.comm.broadcast_object(problem)
+        if problem is not None:
+            raise problem
+
+    def undeploy(self) -> None:
+        """Leaves the other processes and frees what was built for training together."""
+        self._runtime.close()
+
+    def _needs_deployment(self, what: str) -> None:
+        if not self._runtime.deployed:
+            raise RaNNCError(
+                f"`{what}` needs a plan, and planning waits for the first batch",
+                hint="call the model once before",
+            )
+
+    def _parameter(self, name: str) -> torch.nn.Parameter:
+        for known, parameter in self.model.named_parameters(remove_duplicate=False):
+            if known == name:
+                return parameter
+        raise RaNNCError(f"the model has no parameter `{name}`", hint="named_parameters() lists them")
+
+    def _canonical(self, name: str) -> str:
+        """The first name of a parameter that has several."""
+        parameter = self._parameter(name)
+        return next(known for known, p in self._runtime.parameters.items() if p is parameter)
+
+
+def barrier() -> None:
+    """Returns when every process has called it."""
+    if get_world_size() == 1:
+        return
+    ensure_process_group(Config.load().timeout)
+    dist.barrier()
+
+
+def clear() -> None:
+    """Closes every live module's connections, and with the last of them what they started."""
+    for module in list(_live):
+        module.undeploy()
+    _live.clear()
+
+
+def show_deployment(path: str | PathLike[str], batch_size: int | None = None) -> None:
+    """Prints a saved deployment: stages, ranks, and rows of each microbatch for a global batch.
+
+    Raises:
+        DeploymentError: when the file cannot be read.
+    """
+    plan = _core.Plan.load(str(path))
+    print(plan.report() if batch_size is None else plan.report(batch_size))  # noqa: T201 - its purpose
+
+
+__all__ = [
+    "RaNNCModule",
+    "barrier",
+    "clear",
+    "get_rank",
+    "get_world_size",
+    "show_deployment",
+]

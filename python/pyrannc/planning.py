@@ -1,0 +1,120 @@
+"""Rank 0 plans, all ranks get the plan.
+
+What is decided is decided in Rust; here only its inputs come together: the graph, measured times, the
+cluster, the optimizer's appetite, and the configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from . import _core, cluster
+from .optimizer import state_bytes_per_parameter_byte
+from .profile import profile
+
+if TYPE_CHECKING:
+    import torch
+
+    from .capture import Captured
+    from .comm import Communicator
+    from .config import Config
+
+logger = logging.getLogger(__name__)
+
+_USUAL_STATE_FACTOR = 2.0
+"""Adam's: what to assume of an optimizer that is unknown or cannot be probed."""
+
+
+def make_plan(
+    comm: Communicator,
+    captured: Captured,
+    graph: _core.Graph,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    batch_rows: int,
+    config: Config,
+    load_deployment: str | None,
+) -> _core.Plan:
+    """The deployment to use, the same on every rank; collective.
+
+    Args:
+        comm: the connections to the other ranks.
+        captured: the model in training mode.
+        graph: its graph.
+        optimizer: whose state needs memory.
+        batch_rows: rows of the global batch.
+        config: what the user forces.
+        load_deployment: a deployment file to use as it is.
+
+    Raises:
+        DeploymentError: when the file is damaged, or belongs to another model or number of processes.
+        DoesNotFitError: when no plan fits the devices' memory.
+        PlanError: when what the configuration forces cannot be had.
+    """
+    path = load_deployment or (config.deployment_file if config.load_deployment else None)
+    description = None if path else cluster.describe(comm, config)
+    outcome: str | Exception | None = None
+    if comm.rank == 0:
+        try:
+            if description is None:
+                assert path is not None
+                plan = _core.Plan.load(path)
+                plan.check(graph, comm.world_size)
+            else:
+                plan = _search(comm, captured, graph, optimizer, batch_rows, config, description)
+            if config.save_deployment:
+                plan.save(config.deployment_file)
+            outcome = plan.to_json()
+        except Exception as error:  # noqa: BLE001 - raised below on every rank
+            outcome = error
+    outcome = comm.broadcast_object(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert isinstance(outcome, str)
+    return _core.Plan.from_json(outcome)
+
+
+def _search(
+    comm: Communicator,
+    captured: Captured,
+    graph: _core.Graph,
+    optimizer: torch.optim.Optimizer | None,
+    batch_rows: int,
+    config: Config,
+    description: str,
+) -> _core.Plan:
+    profile_json = None
+    if config.measure:
+        rows = rows_to_measure(batch_rows, comm.world_size)
+        profile_json = profile(captured, graph, rows, comm.device, config=config)
+    return _core.plan(
+        graph,
+        description,
+        profile_json=profile_json,
+        batch_size=batch_rows,
+        optimizer_state_factor=optimizer_state_factor(optimizer, config),
+        partition_num=config.partition_num,
+        replica_num=config.replica_num,
+        pipeline_num=config.pipeline_num,
+        min_pipeline=config.min_pipeline,
+        max_pipeline=config.max_pipeline,
+        max_partition_num=config.max_partition_num,
+        mem_limit_gb=config.mem_limit_gb,
+        mem_margin=config.mem_margin,
+        schedule=config.schedule,
+    )
+
+
+def rows_to_measure(batch_rows: int, world_size: int) -> list[int]:
+    """Two microbatch sizes around those that plans for this batch will have."""
+    large = max(-(-batch_rows // world_size), 2)
+    return sorted({max(large // 4, 1), large})
+
+
+def optimizer_state_factor(optimizer: torch.optim.Optimizer | None, config: Config) -> float:
+    """Bytes of optimizer state per parameter byte: as configured, else as this optimizer needs."""
+    if config.opt_param_factor > 0:
+        return config.opt_param_factor
+    measured = None if optimizer is None else state_bytes_per_parameter_byte(optimizer)
+    return _USUAL_STATE_FACTOR if measured is None else measured

@@ -1,0 +1,465 @@
+"""One deployed model on one rank: capture, plan, place, then run steps.
+
+The order of events is the same on every rank, and every phase that can fail ends with the ranks telling
+each other, so that a failure anywhere stops all of them with the same message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import _core, _slices, planning, state
+from ._core import Slot
+from ._structure import flatten
+from .capture import Captured, batch_size, capture, input_signature
+from .comm import Communicator
+from .config import Config
+from .errors import ExecutionError, MismatchError, RaNNCError
+from .executor import Executor, Step
+from .optimizer import keep_local
+from .stage import build_stage
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def agree(comm: Communicator, task: str, action: Callable[[], T]) -> T:
+    """Runs ``action`` on every rank, and raises on every rank if it failed on any.
+
+    Raises:
+        RaNNCError: this rank's own error where it failed here, else one that names the failing ranks.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:  # noqa: BLE001 - raised again below, after the others know
+        error = caught
+    problems = comm.all_gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if failed:
+        raise ExecutionError(f"could not {task} on {len(failed)} of {comm.world_size} ranks: " + "; ".join(failed))
+    return result  # type: ignore[return-value]
+
+
+@dataclass(slots=True)
+class _Variant:
+    """The model as captured for one mode and one kind of input, laid out by the plan."""
+
+    captured: Captured
+    graph: _core.Graph
+    placement: _core.Placement
+    executor: Executor
+    programs: dict[tuple[Any, ...], _core.Program] = field(default_factory=dict)
+
+    def program(self, rows: tuple[int, ...], gather: bool, training: bool) -> _core.Program:
+        key = (rows, gather, training)
+        if key not in self.programs:
+            self.programs[key] = self.placement.program(list(rows), gather=gather, training=training)
+        return self.programs[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What one call brought, on all ranks.
+
+    Attributes:
+        rows: rows of each rank's local batch that count.
+        training: whether gradients are wanted.
+    """
+
+    rows: tuple[int, ...]
+    training: bool
+
+    @property
+    def total(self) -> int:
+        """Rows of the global batch."""
+        return sum(self.rows)
+
+
+class Runtime:
+    """A model deployed over all ranks.
+
+    Attributes:
+        plan: what was decided.
+        comm: the connections to the other ranks.
+        holders: which ranks hold each parameter and buffer.
+    """
+
+    plan: _core.Plan
+    holders: state.Holders
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        gather_inputs: bool,
+        load_deployment: str | None,
+        loss_reduction: str,
+        config: Config,
+    ) -> None:
+        """Connects to the other ranks; planning waits for the first batch."""
+        self.model = model
+        self.optimizer = optimizer
+        self.gather = gather_inputs
+        self.load_deployment = load_deployment
+        self.loss_reduction = loss_reduction
+        self.config = config
+        self.comm = Communicator.connect(timedelta(seconds=config.timeout_s))
+        self.parameters = dict(model.named_parameters())
+        self.buffers = dict(model.named_buffers())
+        self._variants: dict[tuple[bool, str], _Variant] = {}
+        self._elsewhere: list[torch.nn.Parameter] = []
+        self.deployed = False
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the model on this rank's local batch; collective.
+
+        Returns:
+            What the bare model would return for this rank's rows, with losses of the global batch.
+        """
+        signature, arrival = self._arrive(args, kwargs)
+        if not self.deployed:
+            self._deploy(args, kwargs, signature, arrival)
+        variant = self._variant(args, kwargs, signature, arrival)
+        inputs = [tensor.to(self.comm.device) for tensor in variant.captured.flatten_inputs(args, kwargs)]
+        step = Step(
+            arrival.total,
+            self._denominators(variant, inputs, arrival),
+            arrival.training,
+        )
+        program = variant.program(arrival.rows, self.gather, arrival.training)
+        for value, tensor in zip(variant.graph.inputs, inputs, strict=True):
+            step.slots[Slot.source(value)] = tensor.detach()
+        if program.fused:
+            self._seed_with_ones(variant, step)
+        variant.executor.run(program.forward(self.comm.rank), step)
+        outputs = self._outputs(variant, step, arrival)
+        if arrival.training:
+            finish = _Finish(self, variant, program, step, arrival)
+            outputs = finish.attach(inputs, outputs)
+        return variant.captured.unflatten_outputs(outputs)
+
+    def _arrive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Arrival]:
+        """Tells the other ranks what this one was called with, and hears what they were."""
+        problem: Exception | None = None
+        signature, rows = "", 0
+        try:
+            signature = input_signature(args, kwargs)
+            rows = batch_size(flatten((args, kwargs))[0])
+        except Exception as error:  # noqa: BLE001 - raised below, after the others know
+            problem = error
+        training = torch.is_grad_enabled()
+        digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
+        header = [digest, int(self.model.training), int(training), rows, int(problem is not None)]
+        try:
+            headers = self.comm.all_gather_row(header)
+        except Exception as error:
+            raise self.comm.fail(
+                ExecutionError(f"the other ranks cannot be reached: {error}", rank=self.comm.rank)
+            ) from error
+        if any(failed for *_, failed in headers):
+            agree(self.comm, "read the model's inputs", lambda: _raise(problem))
+        if any(other[:3] != headers[0][:3] for other in headers):
+            self._explain_mismatch(signature, training)
+        all_rows = [other[3] for other in headers]
+        if not self.gather:
+            all_rows = [all_rows[0], *([0] * (self.comm.world_size - 1))]
+        if sum(all_rows) == 0:
+            raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
+        return signature, Arrival(tuple(all_rows), training)
+
+    def _explain_mismatch(self, signature: str, training: bool) -> None:
+        mode = "train" if self.model.training else "eval"
+        grad = "with gradients" if training else "without gradients"
+        told = self.comm.all_gather_objects(f"{signature} ({mode} mode, {grad})")
+        lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+        raise MismatchError(
+            "the ranks were called with different inputs; all must agree in everything but the number of "
+            f"rows in the batch:{lines}",
+            hint="pad or truncate so that every rank's tensors differ only in their first dimension, and "
+            "switch train()/eval() and no_grad() on all ranks together",
+        )
+
+    def _deploy(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
+    ) -> None:
+        """Plans on rank 0 and takes this rank's part; see the package's architecture page."""
+        with _mode(self.model, training=True):
+            captured, graph = self._capture(args, kwargs, arrival)
+        self.plan = planning.make_plan(
+            self.comm,
+            captured,
+            graph,
+            self.optimizer,
+            batch_rows=arrival.total,
+            config=self.config,
+            load_deployment=self.load_deployment,
+        )
+        if self.comm.rank == 0:
+            logger.info("%s", self.plan.report())
+        placement = self.plan.place(graph)
+        self.holders = state.Holders(self.comm, dict(placement.holders))
+        self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
+        self._take_part()
+        self._variants[True, signature] = self._build(captured, graph, placement)
+        self.deployed = True
+
+    def _take_part(self) -> None:
+        """Takes rank 0's values of what this rank holds, and frees the rest."""
+        for name, tensor in [*self.parameters.items(), *self.buffers.items()]:
+            tensor.data = self.comm.broadcast(tensor.detach().to(self.comm.device).contiguous(), 0)
+            if isinstance(tensor, torch.nn.Parameter) and not self.holders.is_local(name):
+                state.free(tensor)
+                tensor.grad = None
+                self._elsewhere.append(tensor)
+        if self.optimizer is not None:
+            keep_local(self.optimizer, set(self.local_parameters().values()))
+
+    def local_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that this rank holds, by name; all of them before deployment."""
+        if not self.deployed and not hasattr(self, "holders"):
+            return self.parameters
+        return {name: p for name, p in self.parameters.items() if self.holders.is_local(name)}
+
+    def _variant(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
+    ) -> _Variant:
+        key = (self.model.training, signature)
+        if key not in self._variants or not self._covers(self._variants[key], arrival):
+            with self._materialized():
+                captured, graph = self._capture(args, kwargs, arrival)
+            placement = self.plan.place(graph)
+            self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
+            self._variants[key] = self._build(captured, graph, placement)
+        return self._variants[key]
+
+    @staticmethod
+    def _covers(variant: _Variant, arrival: Arrival) -> bool:
+        static_rows = variant.captured.static_rows
+        return static_rows is None or static_rows == arrival.total
+
+    def _capture(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], arrival: Arrival
+    ) -> tuple[Captured, _core.Graph]:
+        def work() -> tuple[Captured, _core.Graph]:
+            with torch.random.fork_rng():
+                captured = capture(self.model, args, kwargs)
+                if captured.static_rows not in (None, arrival.total):
+                    whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
+                    captured = capture(self.model, *whole)
+            return captured, _core.Graph.from_json(captured.graph_json)
+
+        captured, graph = agree(self.comm, "capture the model", work)
+        prints = self.comm.all_gather_objects(graph.fingerprint())
+        if len(set(prints)) > 1:
+            told = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(prints))
+            raise MismatchError(
+                f"the ranks were given different models; the fingerprints of their graphs are {told}",
+                hint="build the same model with the same arguments on every rank",
+            )
+        if not graph.splittable and self.comm.rank == 0:
+            logger.warning(
+                "the batch cannot be split, so every step runs as one microbatch on one replica: %s",
+                graph.unsplittable_reason,
+            )
+        return captured, graph
+
+    def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> _Variant:
+        stages = {
+            index: build_stage(captured, stage.nodes, stage.inputs, stage.outputs)
+            for index, stage in enumerate(placement.stages)
+            if self.comm.rank in stage.ranks
+        }
+        executor = Executor(self.comm, stages, graph.values, placement.gradient_groups)
+        return _Variant(captured, graph, placement, executor)
+
+    def _denominators(
+        self, variant: _Variant, inputs: Sequence[torch.Tensor], arrival: Arrival
+    ) -> list[torch.Tensor]:
+        counts = variant.captured.denominators
+        if not counts:
+            return []
+        if arrival.rows[self.comm.rank] > 0:
+            local = torch.stack([count(inputs).to(torch.float64).reshape(()) for count in counts])
+        else:
+            local = torch.zeros(len(counts), dtype=torch.float64, device=self.comm.device)
+        return list(self.comm.all_reduce(local).unbind())
+
+    def _seed_with_ones(self, variant: _Variant, step: Step) -> None:
+        for value in set(variant.graph.outputs):
+            info = variant.executor.values[value]
+            if info.requires_grad:
+                one = torch.ones(info.shape(0), dtype=getattr(torch, info.dtype))
+                step.slots[Slot.sink(value, gradient=True)] = one.to(self.comm.device)
+
+    def _outputs(self, variant: _Variant, step: Step, arrival: Arrival) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        inputs = set(variant.graph.inputs)
+        for value in set(variant.graph.outputs):
+            tensor = step.slots.pop(Slot.sink(value), None)
+            if tensor is None:
+                tensor = _slices.zeros(variant.executor.values[value], 0, self.comm.device)
+            found[value] = tensor.clone() if value in inputs else tensor
+        return [found[value] for value in variant.graph.outputs]
+
+    @contextlib.contextmanager
+    def _materialized(self) -> Iterator[None]:
+        """Gives parameters that live elsewhere untouched memory, for a capture that only reads shapes."""
+        for parameter in self._elsewhere:
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        try:
+            yield
+        finally:
+            for parameter in self._elsewhere:
+                state.free(parameter)
+
+    def publish(self, gradients: dict[str, torch.Tensor], scale: torch.Tensor | None) -> None:
+        """Adds a step's gradients to ``.grad``, as a backward of the bare model would."""
+        for name, gradient in gradients.items():
+            parameter = self.parameters[name]
+            if scale is not None:
+                gradient = gradient * scale
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+
+    def close(self) -> None:
+        """Leaves the other ranks. Local parameters keep their values."""
+        self._variants.clear()
+        self.comm.close()
+
+
+@dataclass(slots=True)
+class _Finish:
+    """The backward half of one step, run when autograd reaches it."""
+
+    runtime: Runtime
+    variant: _Variant
+    program: _core.Program
+    step: Step
+    arrival: Arrival
+    done: bool = False
+
+    def attach(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Makes ``outputs`` require gradients, with this step's backward behind them."""
+        infos = self.variant.executor.values
+        values = list(dict.fromkeys(self.variant.graph.outputs))
+        tensors = dict(zip(self.variant.graph.outputs, outputs, strict=True))
+        differentiable = [value for value in values if infos[value].requires_grad]
+        if not differentiable:
+            return outputs
+        attached = _Boundary.apply(
+            self,
+            differentiable,
+            [tensors[value] for value in differentiable],
+            self.runtime._anchor,  # noqa: SLF001
+            *inputs,
+        )
+        tensors.update(zip(differentiable, attached, strict=True))
+        return [tensors[value] for value in self.variant.graph.outputs]
+
+    def backward(self, values: list[int], seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Runs the backward with the gradients of the outputs; returns those of the inputs."""
+        if self.done:
+            raise RaNNCError(
+                "backward was called twice for one forward; its activations are gone after the first",
+                hint="call the model again before the second backward, or add the losses and call "
+                "backward once",
+            )
+        self.done = True
+        scale = seeds[0] if self.program.fused else None
+        if scale is None:
+            for value, seed in zip(values, seeds, strict=True):
+                self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
+            self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
+        self.runtime.publish(self.step.gradients, scale)
+        self.step.gradients.clear()
+        return [self._input_gradient(value, scale) for value in self.variant.graph.inputs]
+
+    def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
+        """Weights by this rank's share of the rows when the user's loss is a mean over its own rows."""
+        info = self.variant.executor.values[value]
+        if info.transport != "split" or self.runtime.loss_reduction == "sum":
+            return seed.contiguous()
+        share = self.arrival.rows[self.runtime.comm.rank] / self.arrival.total
+        return seed.contiguous() if share == 1 else seed * share
+
+    def _input_gradient(self, value: int, scale: torch.Tensor | None) -> torch.Tensor | None:
+        info = self.variant.executor.values[value]
+        if not info.requires_grad:
+            return None
+        gradient = self.step.slots.pop(Slot.source(value, gradient=True), None)
+        if gradient is None:
+            rank = self.runtime.comm.rank
+            return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)
+        return gradient if scale is None else gradient * scale
+
+
+class _Boundary(torch.autograd.Function):
+    """Where the user's autograd graph ends and the pipeline begins."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        finish: _Finish,
+        values: list[int],
+        outputs: list[torch.Tensor],
+        anchor: torch.Tensor,
+        *inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.finish = finish
+        ctx.values = values
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        gradients = ctx.finish.backward(ctx.values, seeds)
+        return (None, None, None, None, *gradients)
+
+
+def _raise(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
+
+
+def _repeat_rows(arguments: Any, rows: int | None, total: int) -> Any:
+    """The same arguments with as many rows as the global batch has, for a capture that is valid for one
+    number of rows only; the contents do not matter."""
+
+    def repeat(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != rows:
+            return tensor
+        repeated = tensor.detach()[torch.arange(total, device=tensor.device) % rows]
+        return repeated.requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map(repeat, arguments)
+
+
+@contextlib.contextmanager
+def _mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Puts every module into one mode and gives each its own back."""
+    modes = {module: module.training for module in model.modules()}
+    if modes[model] == training:
+        yield
+        return
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,194 @@
+"""Trains a case for two steps, with RaNNC on every rank or with plain PyTorch on one, and keeps what
+must be equal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import pyrannc
+from tests.models import Case, case, slice_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to train.
+
+    Attributes:
+        rows: for each step, the rows of each rank's local batch.
+        num_stages: forced stages.
+        microbatches: forced microbatches.
+        stage_ranks: a deployment written by hand, in place of a planned one.
+        schedule: forced schedule.
+        gather_inputs: as for `RaNNCModule`.
+        input_gradients: whether floating-point inputs require gradients.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    num_stages: int = 0
+    microbatches: int = 0
+    stage_ranks: tuple[tuple[int, ...], ...] = ()
+    schedule: str = "auto"
+    gather_inputs: bool = True
+    input_gradients: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return len(self.rows[0])
+
+    def config(self, num_stages: int | None = None) -> pyrannc.Config:
+        return pyrannc.Config(
+            partition_num=self.num_stages if num_stages is None else num_stages,
+            pipeline_num=self.microbatches,
+            schedule=self.schedule,
+            measure=False,
+            profile_cache_dir="off",
+            timeout_s=40,
+        )
+
+    def __str__(self) -> str:
+        layout = "-".join(str(len(ranks)) for ranks in self.stage_ranks) or f"s{self.num_stages}"
+        return f"w{self.world_size}-{layout}-m{self.microbatches}"
+
+
+@dataclass
+class Record:
+    """What training gave: by step the outputs and input gradients, and all gradients; then all state."""
+
+    outputs: list[list[torch.Tensor]] = field(default_factory=list)
+    input_gradients: list[list[torch.Tensor | None]] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor | None]] = field(default_factory=list)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    stage_ranks: list[list[int]] = field(default_factory=list)
+    fused: bool = False
+
+
+def _batch(chosen: Case, rows: int, step: int, setup: Setup) -> Any:
+    arguments = chosen.make_batch(rows, seed=SEED + step)
+    if setup.input_gradients:
+        for tensor in pytree.tree_leaves(arguments):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                tensor.requires_grad_()
+    return arguments
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if hasattr(value, "__dataclass_fields__"):
+        value = [getattr(value, name) for name in value.__dataclass_fields__]
+    leaves = pytree.tree_leaves(value)
+    nested = [_tensors(leaf) if hasattr(leaf, "__dataclass_fields__") else [leaf] for leaf in leaves]
+    return [t for leaves in nested for t in leaves if isinstance(t, torch.Tensor)]
+
+
+def train_plainly(name: str, setup: Setup) -> Record:
+    """On one process, with the global batch of each step."""
+    chosen = case(name)
+    model = chosen.make_model()
+    optimizer = _adam(model)
+    record = Record()
+    for step, rows in enumerate(setup.rows):
+        total = sum(rows) if setup.gather_inputs else rows[0]
+        args, kwargs = _batch(chosen, total, step, setup)
+        outputs = model(*args, **kwargs)
+        _finish_step(chosen, record, outputs, (args, kwargs), optimizer)
+        record.gradients.append(
+            {key: p.grad.clone() if p.grad is not None else None for key, p in model.named_parameters()}
+        )
+        if optimizer is not None:
+            optimizer.step()
+    record.state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    return record
+
+
+def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
+    """On this process, one of several, with its rows of each step."""
+    chosen = case(name)
+    deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
+    model = chosen.make_model()
+    optimizer = _adam(model)
+    wrapped = pyrannc.RaNNCModule(
+        model,
+        optimizer,
+        gather_inputs=setup.gather_inputs,
+        load_deployment=deployment,
+        config=setup.config(),
+    )
+    record = Record()
+    for step, rows in enumerate(setup.rows):
+        args, kwargs = _local_batch(chosen, setup, step, rows)
+        outputs = wrapped(*args, **kwargs)
+        _finish_step(chosen, record, outputs, (args, kwargs), optimizer)
+        names = [key for key, _ in wrapped.named_parameters(from_global=True)]
+        record.gradients.append({key: wrapped.get_param_grad(key) for key in names})
+        if optimizer is not None:
+            optimizer.step()
+    record.state = dict(wrapped.state_dict())
+    record.stage_ranks = wrapped.deployment.stage_ranks
+    for key, _ in wrapped.named_parameters(from_global=True):
+        full = wrapped.get_param(key)
+        assert not record.state or torch.equal(full, record.state[key])
+    wrapped.undeploy()
+    return record
+
+
+def _adam(model: torch.nn.Module) -> torch.optim.Optimizer | None:
+    parameters = list(model.parameters())
+    return torch.optim.Adam(parameters, lr=0.01) if parameters else None
+
+
+def _local_batch(chosen: Case, setup: Setup, step: int, rows: Sequence[int]) -> Any:
+    rank = pyrannc.get_rank()
+    if not setup.gather_inputs:
+        return _batch(chosen, rows[rank], step if rank == 0 else 100 + rank, setup)
+    start = sum(rows[:rank])
+    local = slice_rows(_batch(chosen, sum(rows), step, setup), start, start + rows[rank])
+    if setup.input_gradients:
+        for tensor in _tensors(local):
+            if tensor.is_floating_point():
+                tensor.retain_grad()
+    return local
+
+
+def _finish_step(
+    chosen: Case,
+    record: Record,
+    outputs: Any,
+    inputs: Any,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    if optimizer is not None:
+        optimizer.zero_grad()
+    loss = chosen.make_loss(outputs)
+    if loss.requires_grad:
+        loss.backward()
+    record.outputs.append([tensor.detach().clone() for tensor in _tensors(outputs)])
+    record.input_gradients.append([tensor.grad for tensor in _tensors(inputs)])
+
+
+def _hand_written(chosen: Case, setup: Setup, folder: str) -> str:
+    """The file of a deployment with the stages of a planned one and the replicas of `setup`."""
+    path = Path(folder) / "deployment.json"
+    planned = pyrannc.RaNNCModule(chosen.make_model(), config=setup.config(len(setup.stage_ranks)))
+    args, kwargs = _local_batch(chosen, setup, 0, setup.rows[0])
+    with torch.no_grad():
+        planned(*args, **kwargs)
+    planned.save_deployment(path)
+    planned.undeploy()
+    if pyrannc.get_rank() == 0:
+        plan = json.loads(path.read_text())
+        plan.pop("estimates", None)
+        for stage, ranks in zip(plan["stages"], setup.stage_ranks, strict=True):
+            stage["ranks"] = list(ranks)
+        path.write_text(json.dumps(plan))
+    pyrannc.barrier()
+    return str(path)

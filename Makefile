@@ -72,7 +72,7 @@ $(wheel): $(tools) $(rust_sources)
 	@touch $@
 
 $(tools): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed" * (sys.version_info < (3, 10)))'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed")'
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
 	$(bin)/python -m pip install --quiet "maturin>=1.9.4,<2"
 	@mkdir -p $(stamps)

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -143,6 +144,11 @@ class Config:
         for name, (value, source) in settings.items():
             _check(name, value, source)
         return cls(**{name: value for name, (value, _) in settings.items()}, given=given)
+
+    @property
+    def timeout(self) -> timedelta:
+        """`timeout_s` as a duration."""
+        return timedelta(seconds=self.timeout_s)
 
     def profile_cache_path(self) -> Path | None:
         """The folder for measured times; none when they are not kept."""

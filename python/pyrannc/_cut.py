@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from ._flat import is_value, operator_of, written_arguments
 from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 EXTRAS = ("rows", "row_share")
 
@@ -22,11 +25,13 @@ class Part:
         module: computes the wanted values from the inputs and the extras, in that order.
         extras: names of the further arguments: `rows`, `row_share`, `denominator_0`...
         state: qualified names of the parameters, buffers and constants it reads.
+        denominator_dtypes: types of the denominators among the extras.
     """
 
     module: fx.GraphModule
     extras: list[str]
     state: list[str]
+    denominator_dtypes: dict[str, torch.dtype]
 
 
 def cut(
@@ -75,7 +80,8 @@ def cut(
     graph.output(tuple(copies[node] for node in wanted))
     state = [str(node.target) for node in needed if node.op == "get_attr" and is_value(node)]
     module = fx.GraphModule(attributes, graph, name)
-    return Part(module, [node.name for node in extras], state)
+    dtypes = {node.name: node.meta["example"].dtype for node in extras if "example" in node.meta}
+    return Part(module, [node.name for node in extras], state, dtypes)
 
 
 def _needed(

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import fx
 from torch.export import Dim
 
+from ._culprit import CustomBackward, Sites, Tracker
+from ._flat import module_path
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._structure import Structure, flatten
 from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ._opaque import Opaque
+
+_log = logging.getLogger("pyrannc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,7 @@ class Program:
         rows: the number of rows it was exported with.
         batch_inputs: positions of the tensors that hold rows.
         results: the structure of what the model returns.
+        opaque_calls: parts that are called as they are, by the name of their operator.
         static_reason: why the program is valid only for this number of rows, if it is.
     """
 
@@ -36,6 +47,7 @@ class Program:
     rows: int
     batch_inputs: set[int]
     results: Structure
+    opaque_calls: dict[str, Opaque]
     static_reason: str | None
 
 
@@ -95,16 +107,121 @@ def export(
         _copy(tensor, exported_rows if index in candidates else None)
         for index, tensor in enumerate(tensors)
     ]
-    module = _exported(flat, copies, candidates)
+    exporter = _Exporter(model, flat, copies, candidates)
+    module = exporter.export(exported_rows)
     symbols = _batch_symbols(module)
     if symbols:
         reason = _restriction(module, set(symbols.values()))
         table = Symbols(list(symbols.values()))
-        return Program(module, table, exported_rows, set(symbols), flat.results, reason)
+        calls = exporter.sites.calls
+        return Program(module, table, exported_rows, set(symbols), flat.results, calls, reason)
     if exported_rows != rows:
-        module = _exported(flat, [_copy(tensor, None) for tensor in tensors], candidates)
+        exporter.tensors = [_copy(tensor, None) for tensor in tensors]
+        module = exporter.export(rows)
     reason = "the model is written for one batch size"
-    return Program(module, Symbols([]), rows, candidates, flat.results, reason)
+    calls = exporter.sites.calls
+    return Program(module, Symbols([]), rows, candidates, flat.results, calls, reason)
+
+
+class _Exporter:
+    """Exports a model, again and again until nothing is left that stops the exporter."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        flat: FlatModel,
+        tensors: list[torch.Tensor],
+        candidates: set[int],
+    ) -> None:
+        self.sites = Sites(model)
+        self.tensors = tensors
+        self._model = model
+        self._flat = flat
+        self._candidates = candidates
+
+    def export(self, rows: int) -> fx.GraphModule:
+        """The exported program for `rows` rows, which the tensors must have."""
+        tracker = Tracker()
+        if self.sites:
+            self._observe(rows)
+        while True:
+            try:
+                with self.sites.standing_in(), tracker.watching():
+                    module = _exported(self._flat, self.tensors, self._candidates)
+                unknown = _unknown_sizes(module)
+                if not unknown:
+                    return module
+                self.sites.add_module(self._around(unknown))
+            except CaptureError:
+                raise
+            except Exception as failure:
+                self._blame(failure, tracker.running)
+            self._observe(rows)
+
+    def _blame(self, failure: Exception, running: list[torch.nn.Module]) -> None:
+        """Makes the part opaque in which the exporter failed."""
+        link: BaseException | None = failure
+        while link is not None:
+            if isinstance(link, CaptureError):
+                raise link
+            if isinstance(link, CustomBackward):
+                self.sites.add_function(link.function)
+                return
+            link = link.__cause__ or link.__context__
+        own = set(self._model.modules())
+        inside = [module for module in running if module in own]
+        _log.info("`%s` is captured as one operator: %s", _innermost_name(inside), failure)
+        self.sites.add_module(inside[-1] if inside else None)
+
+    def _around(self, paths: list[str]) -> torch.nn.Module:
+        """The smallest submodule that holds all of the given ones."""
+        common = paths[0].split(".") if paths[0] else []
+        for path in paths[1:]:
+            parts = path.split(".") if path else []
+            same = [a == b for a, b in zip(common, parts, strict=False)]
+            common = common[: same.index(False) if False in same else len(same)]
+        return self._model.get_submodule(".".join(common))
+
+    def _observe(self, rows: int) -> None:
+        other = max(2, rows // 2) if rows >= 4 else 2 * rows
+
+        def run(num_rows: int) -> None:
+            self._flat(
+                *(
+                    _copy(tensor, num_rows if index in self._candidates else None)
+                    for index, tensor in enumerate(self.tensors)
+                )
+            )
+
+        with _no_autocast():
+            self.sites.observe(run, (rows, other))
+
+
+def _innermost_name(running: list[torch.nn.Module]) -> str:
+    return type(running[-1]).__name__ if running else "the model"
+
+
+def _unknown_sizes(module: fx.GraphModule) -> list[str]:
+    """Paths of the submodules that make tensors whose sizes depend on what tensors hold."""
+    symbols = set(_batch_symbols(module).values())
+    paths = []
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        sizes = [size for t in _tensors(value) for size in t.shape]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            sizes.append(value)
+        for item in sizes:
+            if isinstance(item, int | float | bool):
+                continue
+            if item.node.expr.free_symbols - symbols:
+                paths.append(module_path(node, "model."))
+                break
+    return paths
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 def _copy(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
@@ -114,7 +231,8 @@ def _copy(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
     """
     copied = tensor.detach().clone()
     if rows is not None and copied.shape[0] != rows:
-        copied = copied.repeat(rows, *(1 for _ in copied.shape[1:]))
+        times = -(-rows // copied.shape[0])
+        copied = copied.repeat(times, *(1 for _ in copied.shape[1:]))[:rows].clone()
     return copied.requires_grad_(tensor.requires_grad)
 
 
@@ -155,15 +273,14 @@ def _restriction(module: fx.GraphModule, symbols: set[sympy.Symbol]) -> str | No
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's remarks about its own work from the user."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    with warnings.catch_warnings():
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logging.disable(disabled)
 
 
 @contextlib.contextmanager
@@ -174,6 +291,3 @@ def _no_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-__all__ = ["CaptureError", "FlatModel", "Program", "export"]

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import fx
 
+from ._opaque import NAMESPACE, Opaque
 from ._sizes import ROWS, Symbols, depends_on_rows, expression_text, size
 from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 aten = torch.ops.aten
 
@@ -96,6 +99,8 @@ class Operator:
         """The operator as torch spells it."""
         if isinstance(self.target, torch._ops.OpOverload):
             return str(self.target)
+        if isinstance(self.target, Opaque):
+            return f"opaque.{self.target.site.name}"
         return str(getattr(self.target, "__name__", type(self.target).__name__))
 
     @property
@@ -132,6 +137,9 @@ def tensors_read(node: fx.Node) -> list[fx.Node]:
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensors among an operator's arguments that it writes to."""
     found = operator_of(node)
+    if found is not None and isinstance(found.target, Opaque):
+        passed = [*node.args[0], *node.args[1]]
+        return [passed[position] for position in found.target.written]
     if found is None or not isinstance(found.target, torch._ops.OpOverload):
         return []
     written: list[fx.Node] = []
@@ -158,12 +166,19 @@ class Flattener:
         row_share: its placeholder for the share of the batch.
     """
 
-    def __init__(self, exported: fx.GraphModule, symbols: Symbols, prefix: str) -> None:
+    def __init__(
+        self,
+        exported: fx.GraphModule,
+        symbols: Symbols,
+        prefix: str,
+        opaque_calls: dict[str, Opaque],
+    ) -> None:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.inputs: list[fx.Node] = []
         self._symbols = symbols
         self._prefix = prefix
+        self._opaque_calls = opaque_calls
         self._sizes: dict[str, fx.Node] = {}
         for node in exported.graph.nodes:
             if node.op == "placeholder":
@@ -186,16 +201,14 @@ class Flattener:
             if node.op == "get_attr":
                 known[node] = self._attribute(source, str(node.target), node)
             elif node.op == "call_function":
-                self._call(source, node, known, scope)
+                self._call(node, known, scope)
             elif node.op == "output":
                 results = node.args[0]
                 results = results if isinstance(results, (tuple, list)) else [results]
                 return [self._argument(result, known) for result in results]
         return []
 
-    def _call(
-        self, source: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], scope: Scope
-    ) -> None:
+    def _call(self, node: fx.Node, known: dict[fx.Node, Any], scope: Scope) -> None:
         name = getattr(node.target, "__name__", "")
         if name in (_GRAD_REGION, _AUTOCAST_REGION):
             num_settings = 1 if name == _GRAD_REGION else 4
@@ -232,8 +245,10 @@ class Flattener:
         if same is not None:
             args = same
         target = aten.squeeze.dims if same is not None else node.target
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+            target = self._opaque_calls[target._schema.name.partition("::")[2]]
         return self.add_operator(
-            Operator(target, self._module_path(node), scope if scope != Scope() else None),
+            Operator(target, module_path(node, self._prefix), scope if scope != Scope() else None),
             args,
             kwargs,
             node.meta.get("val"),
@@ -328,12 +343,14 @@ class Flattener:
         self.attributes[attribute] = module
         return self.graph.get_attr(attribute)
 
-    def _module_path(self, node: fx.Node) -> str:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = str(stack[-1][0]).split("@")[0] if stack else ""
-        if path.startswith("_empty_nn_module_stack"):
-            return ""
-        return path.removeprefix(self._prefix.removesuffix(".")).removeprefix(".")
+
+def module_path(node: fx.Node, prefix: str) -> str:
+    """Qualified name of the submodule that called an operator of the exported graph."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]).split("@")[0] if stack else ""
+    if path.startswith("_empty_nn_module_stack"):
+        return ""
+    return path.removeprefix(prefix.removesuffix(".")).removeprefix(".")
 
 
 def drop_unread(graph: fx.Graph) -> None:

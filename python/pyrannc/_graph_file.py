@@ -11,12 +11,12 @@ from torch import fx
 
 from ._flat import Operator, is_value, operator_of, outputs_of, tensors_read
 from ._layout import NONE, WHOLE, Layout, Split, in_json
-from ._measure import Measurements
 from ._rows import RowAnalysis, getattr_path, is_random
 from ._sizes import affine
 
 if TYPE_CHECKING:
     from ._export import Program
+    from ._measure import Measurements
 
 
 class GraphFile:
@@ -26,7 +26,6 @@ class GraphFile:
         values: the values in the file's form.
         value_nodes: the values as nodes of the flat graph.
         node_by_key: operators by key.
-        hidden_state: state that whole submodules read, by the key of their operator.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class GraphFile:
         self.values: list[dict[str, Any]] = []
         self.value_nodes: list[fx.Node] = []
         self.node_by_key: dict[str, fx.Node] = {}
-        self.hidden_state: dict[str, list[str]] = {}
         self._name = name
         self._module = module
         self._analysis = analysis
@@ -56,7 +54,7 @@ class GraphFile:
         self._kinds = _kinds(model)
         self._add_state()
         for node, given in zip(inputs, input_names, strict=True):
-            self._add_value(node, "input", given.removeprefix("0.").removeprefix("1."))
+            self._add_value(node, "input", given)
         self._inputs = inputs
         for node in module.graph.nodes:
             what = operator_of(node)

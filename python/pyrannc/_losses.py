@@ -19,7 +19,7 @@ from ._flat import Operator, operator_of
 from ._layout import NONE, SUM, Layout, MixesRows, Split, merge, placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ._rows import Call
 
@@ -48,10 +48,10 @@ class Rewrite:
     """One change of the flat graph.
 
     Attributes:
-        kind: `share` (multiply the result by the share of the batch to the `power`), `share_operand`
-            (multiply an argument by it), `share_number` (multiply the added number by it), `count`
-            (divide a summed loss by its counted targets), `promote` (know an argument before the
-            step).
+        kind: `share` (multiply the result by the share of the batch to the `power`),
+            `share_operand` (multiply an argument by it), `share_number` (multiply the added
+            number by it), `count` (divide a summed loss by its counted targets), `promote` (know
+            an argument before the step).
         node: the operator to change.
         power: 1 or -1.
         operand: the argument.
@@ -66,20 +66,17 @@ class Rewrite:
 class Denominator:
     """A number that the whole batch's inputs determine, as a sum over the processes' parts."""
 
-    def __init__(self, module: fx.GraphModule, finish: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, finish: Callable[..., torch.Tensor], batch_input: int
+    ) -> None:
         self._module = module
         self._finish = finish
+        self._batch_input = batch_input
 
     @torch.no_grad()
-    def __call__(self, tensors: list[torch.Tensor], rows: int | None = None) -> torch.Tensor:
-        """This process's part.
-
-        Args:
-            tensors: the model's tensor arguments of this process, in the graph's order.
-            rows: how many rows they hold; the first one's by default.
-        """
-        if rows is None:
-            rows = next(tensor.shape[0] for tensor in tensors if tensor.dim() > 0)
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """This process's part, of its tensor arguments in the graph's order."""
+        rows = tensors[self._batch_input].shape[0]
         return self._finish(*self._module(*tensors, rows))
 
 
@@ -252,7 +249,9 @@ class Rewriter:
         dtype = torch.promote_types(node.meta["val"].dtype, torch.float32)
         finish = _CountTargets(int(bound["ignore_index"]), dtype)
         denominator = self._denominator(
-            [tensor for tensor in read if isinstance(tensor, fx.Node)], finish, node.meta["val"]
+            [tensor for tensor in read if isinstance(tensor, fx.Node)],
+            finish,
+            node.meta["val"].detach().to(dtype),
         )
         index = [argument.name for argument in what.target._schema.arguments].index("reduction")
         if index < len(node.args):
@@ -289,7 +288,10 @@ class Rewriter:
         placeholder.meta["val"] = None
         placeholder.meta["example"] = example
         part = cut(self._module, self._inputs, read, name="Denominator", always=("rows",))
-        self.denominators.append(Denominator(part.module, finish))
+        batch_input = next(
+            i for i, node in enumerate(self._inputs) if self._layouts[node] is not NONE
+        )
+        self.denominators.append(Denominator(part.module, finish, batch_input))
         return placeholder
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._layout import NONE, Content, Layout, MixesRows, Split, merge, placed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._rows import Call
 
 

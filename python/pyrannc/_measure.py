@@ -8,19 +8,19 @@ operations it takes, each as a line over the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ._flat import is_value, operator_of, outputs_of, tensors_read, written_arguments
-from ._opaque import Opaque
+from ._opaque import FlopCounter, Opaque, SavedStorages
 from ._sizes import Affine, Symbols, at, fit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(slots=True)
@@ -94,39 +94,11 @@ def measure(
         )
         for node in first.flops
     }
+    for node, known in operators.items():
+        call = node.meta["operator"].target
+        if isinstance(call, Opaque):
+            known.flops, known.saved_bytes = call.flops, call.saved_bytes
     return Measurements(first.tensors, operators)
-
-
-class _Flops(TorchDispatchMode):
-    """Counts floating-point operations."""
-
-    total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        count = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if count is not None:
-            self.total += int(count(*args, **kwargs, out_val=result))
-        return result
-
-
-class _Saved:
-    """Counts the storages that autograd keeps, each once."""
-
-    def __init__(self, excluded: list[torch.Tensor]) -> None:
-        self.total = 0
-        # Holding the storages keeps their addresses from being used again.
-        self._seen = {t.untyped_storage()._cdata: t.untyped_storage() for t in excluded}
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen[storage._cdata] = storage
-            self.total += storage.nbytes()
-        return tensor
 
 
 def _run(
@@ -147,8 +119,8 @@ def _run(
     state = [node for node in module.graph.nodes if node.op == "get_attr" and is_value(node)]
     for node in state:
         known[node] = mode.from_tensor(_attribute(module, str(node.target)))
-    saved = _Saved([known[node] for node in state])
-    flops = _Flops()
+    saved = SavedStorages([known[node] for node in state])
+    flops = FlopCounter()
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
     with mode, flops, hooks, torch.enable_grad():
         for node in module.graph.nodes:
@@ -186,8 +158,10 @@ def _operator(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], 
     target = node.target
     if node.op == "call_module":
         target = module.get_submodule(str(node.target))
-        if isinstance(target, Opaque):
-            target = target.without_data
+        what = operator_of(node)
+        assert what is not None
+        if isinstance(what.target, Opaque):
+            target = what.target.without_data
     result = target(*args, **kwargs)
     known[node] = result
     storages = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}

@@ -1,15 +1,273 @@
-"""Parts of a model that cannot be captured become one operator each."""
+"""Parts of a model that cannot be captured become one operator each.
+
+A *site* is a submodule, or a custom `autograd.Function`, that the exporter cannot look into. The
+model first runs for real at two batch sizes while the sites note the shapes of what they take and
+give. During export each call of a site is a call of a registered operator that has these shapes
+and no insides; afterwards it becomes a call of the real thing again (`Opaque`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ._sizes import Affine, fit
+from ._structure import Structure, flatten
+from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NAMESPACE = "pyrannc_opaque"
+_numbers = itertools.count()
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations.
+
+    Attributes:
+        total: operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs one operator."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if count is not None:
+            self.total += int(count(*args, **kwargs, out_val=result))
+        return result
+
+
+class SavedStorages:
+    """Counts the storages that autograd keeps, each once.
+
+    Attributes:
+        total: bytes so far.
+    """
+
+    def __init__(self, excluded: list[torch.Tensor]) -> None:
+        self.total = 0
+        # Holding the storages keeps their addresses from being used again.
+        self._seen = {t.untyped_storage()._cdata: t.untyped_storage() for t in excluded}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Takes note of a saved tensor."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.total += storage.nbytes()
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One call of a site in a real run.
+
+    Attributes:
+        rows: the batch size of the run.
+        inputs: the tensors it took.
+        arguments: the rest of what it took.
+        outputs: the tensors it gave.
+        results: the rest of what it gave.
+        written: positions of the inputs, then of the state, that it wrote to.
+        flops: floating-point operations.
+        saved_bytes: what autograd kept.
+    """
+
+    rows: int
+    inputs: list[torch.Tensor]
+    arguments: Structure
+    outputs: list[torch.Tensor]
+    results: Structure
+    written: tuple[int, ...]
+    flops: int
+    saved_bytes: int
+
+
+class Site:
+    """A part of the model that is called as it is.
+
+    Attributes:
+        name: how it is called in the graph.
+        function: the part itself.
+        calls: its calls during the last export, by the name of their operator.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], module: torch.nn.Module | None = None
+    ) -> None:
+        self.name = name
+        self.function = function
+        self._module = module
+        self.calls: dict[str, Opaque] = {}
+        self._observed: dict[int, list[Observation]] = {}
+        self._next_call = 0
+        self._libraries: list[torch.library.Library] = []
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """The parameters and buffers it reads; during export these are the exporter's."""
+        if self._module is None:
+            return []
+        return [*self._module.parameters(), *self._module.buffers()]
+
+    def begin(self) -> None:
+        """Starts another run or export."""
+        self._next_call = 0
+        self.calls.clear()
+        self._libraries.clear()
+
+    def observe(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the part for real and notes what it does."""
+        tensors, _, arguments = flatten((args, kwargs))
+        leaves = [tensor.detach().clone() for tensor in tensors]
+        state = self.state
+        with torch.enable_grad():
+            given = [t.requires_grad_().view_as(t) if _differentiable(t) else t for t in leaves]
+            watched = [*given, *state]
+            versions = [tensor._version for tensor in watched]
+            saved, flops = SavedStorages(state), FlopCounter()
+            hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+            call_args, call_kwargs = arguments.build(given)
+            with hooks, flops:
+                result = self.function(*call_args, **call_kwargs)
+        outputs, _, results = flatten(result, drop_unknown=True, root="result")
+        written = tuple(i for i, t in enumerate(watched) if t._version != versions[i])
+        self._observed.setdefault(rows, []).append(
+            Observation(
+                rows, leaves, arguments, outputs, results, written, flops.total, saved.total
+            )
+        )
+        return results.build([tensor.detach() for tensor in outputs])
+
+    def forget(self, rows: int | None = None) -> None:
+        """Forgets the run with that many rows, or all runs."""
+        if rows is None:
+            self._observed.clear()
+        else:
+            self._observed.pop(rows, None)
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Puts the state back as it was before the body."""
+        state = self.state
+        before = [tensor.detach().clone() for tensor in state]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stands for the call during export."""
+        tensors, _, arguments = flatten((args, kwargs))
+        runs = [calls[self._next_call] for calls in self._observed.values()]
+        self._next_call += 1
+        call = Opaque(self, arguments, runs)
+        name = f"call_{next(_numbers)}"
+        self.calls[name] = call
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        self._libraries.append(library)
+        library.define(f"{name}(Tensor[] inputs, Tensor[] state) -> Tensor[]")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", call.without_data, lib=library)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name)
+        return runs[0].results.build(operator(tensors, self.state))
 
 
 class Opaque(torch.nn.Module):
-    """Calls a submodule as it is."""
+    """One call of a site, as an operator of the flat graph.
 
-    def without_data(self, *args: Any) -> Any:
-        """What the submodule gives, in types and sizes only."""
-        raise NotImplementedError
+    Attributes:
+        site: the part that is called.
+        runs: what it did in real runs at one or two batch sizes.
+        written: positions of the inputs, then of the state, that it writes to.
+    """
+
+    def __init__(self, site: Site, arguments: Structure, runs: list[Observation]) -> None:
+        super().__init__()
+        self.site = site
+        self.runs = runs
+        self.written = runs[0].written
+        self._arguments = arguments
+
+    def forward(self, inputs: list[torch.Tensor], state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Calls the real thing; its state is what it holds, `state` only tells what it reads."""
+        del state
+        args, kwargs = self._arguments.build(inputs)
+        outputs, _, _ = flatten(
+            self.site.function(*args, **kwargs), drop_unknown=True, root="result"
+        )
+        return outputs
+
+    def without_data(
+        self, inputs: list[torch.Tensor], state: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Tensors like the results."""
+        rows = self._rows(inputs)
+        gradient = any(tensor.requires_grad for tensor in (*inputs, *state))
+        results = []
+        for index, seen in enumerate(self.runs[0].outputs):
+            shape = [self._size(index, dim, rows) for dim in range(seen.dim())]
+            result = torch.empty(shape, dtype=seen.dtype, device=seen.device)
+            if gradient and seen.requires_grad and torch.is_grad_enabled():
+                result = result.requires_grad_().clone()
+            results.append(result)
+        return results
+
+    @property
+    def flops(self) -> Affine:
+        """Floating-point operations."""
+        return self._line([run.flops for run in self.runs])
+
+    @property
+    def saved_bytes(self) -> Affine:
+        """What autograd keeps."""
+        return self._line([run.saved_bytes for run in self.runs])
+
+    def forget(self) -> None:
+        """Drops the tensors of the real runs."""
+        self.runs.clear()
+
+    def _line(self, measured: list[int]) -> Affine:
+        if len(measured) < 2:
+            return measured[0]
+        return fit(measured[0], measured[1], (self.runs[0].rows, self.runs[1].rows))
+
+    def _rows(self, inputs: list[torch.Tensor]) -> Any:
+        """The batch size that the inputs' sizes tell."""
+        if len(self.runs) == 1:
+            return self.runs[0].rows
+        first, second = self.runs
+        for tensor, one, other in zip(inputs, first.inputs, second.inputs, strict=True):
+            for dim, (before, after) in enumerate(zip(one.shape, other.shape, strict=True)):
+                if before != after and before % first.rows == 0:
+                    return tensor.shape[dim] // (before // first.rows)
+        return first.rows
+
+    def _size(self, index: int, dim: int, rows: Any) -> Any:
+        sizes = [run.outputs[index].shape[dim] for run in self.runs]
+        if len(set(sizes)) == 1:
+            return sizes[0]
+        growth, uneven = divmod(sizes[1] - sizes[0], self.runs[1].rows - self.runs[0].rows)
+        if uneven:
+            message = f"the sizes of what `{self.site.name}` gives depend on what it is given"
+            raise CaptureError(message)
+        return growth * rows + (sizes[0] - growth * self.runs[0].rows)
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -6,6 +6,7 @@ operators without a rule this is tested once on random tensors of the true sizes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,16 @@ from ._layout import NONE, Layout, MixesRows, Split, placed
 from ._sizes import at
 
 if TYPE_CHECKING:
+    from ._opaque import Opaque
     from ._rows import Call
 
 _ROWS = 4
 _PARTS = ((0, 1), (1, 4))
+_MAX_SINGLE_ROWS = 8
 _MAX_ENTRIES = 1 << 24
+
+
+Runner = Callable[[dict[fx.Node, torch.Tensor]], list[torch.Tensor]]
 
 
 def probed(call: Call) -> list[Layout]:
@@ -28,49 +34,100 @@ def probed(call: Call) -> list[Layout]:
     Raises:
         MixesRows: when it is not row-wise, or cannot be tried.
     """
-    sources = [tensor for tensor in call.tensors if isinstance(call.layout(tensor), Split)]
-    candidates: dict[tuple[Split, ...], None] = {}
-    for tensor in sources:
-        source = call.layout(tensor)
-        assert isinstance(source, Split)
-        for like in (source, Split(0, 1, source.factor), Split(0)):
-            try:
-                candidates[tuple(placed(call.shape(o), like) for o in call.outputs)] = None
-            except MixesRows:
-                continue
-    if not candidates or call.numbers_of_rows:
+    if call.numbers_of_rows:
         raise MixesRows("is not known to treat rows one by one")
+    generator = torch.Generator().manual_seed(0)
+
+    def run(values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        return _run(call, values)
+
     try:
-        return list(_tried(call, list(candidates)))
+        whole = {tensor: _random(call, tensor, generator) for tensor in call.tensors}
+        return tried(call, whole, run, _PARTS)
     except MixesRows:
         raise
     except Exception as failure:
         raise MixesRows("is not known to treat rows one by one") from failure
 
 
-def _tried(call: Call, candidates: list[tuple[Split, ...]]) -> tuple[Split, ...]:
-    generator = torch.Generator().manual_seed(0)
-    whole = {tensor: _random(call, tensor, generator) for tensor in call.tensors}
-    expected = _run(call, whole)
-    for layouts in candidates:
-        if all(_agrees(call, whole, expected, layouts, part) for part in _PARTS):
-            return layouts
+def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
+    """The layouts of a whole submodule's results, tried out on what it was given in a real run.
+
+    Raises:
+        MixesRows: when it is not row-wise.
+    """
+    seen = target.runs[0]
+    nodes = list(call.node.args[0])
+    whole = dict(zip(nodes, seen.inputs, strict=True))
+    singles = [(row, row + 1) for row in range(min(seen.rows, _MAX_SINGLE_ROWS))]
+    parts = (*singles, (0, seen.rows // 2), (seen.rows // 2, seen.rows))
+
+    def run(values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
+        given = [values[node].detach().clone() for node in nodes]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            results = target(given, target.site.state)
+        return [results[int(output.args[1])] for output in call.outputs]
+
+    with target.site.undisturbed():
+        return tried(call, whole, run, parts)
+
+
+def tried(
+    call: Call,
+    whole: dict[fx.Node, torch.Tensor],
+    run: Runner,
+    parts: tuple[tuple[int, int], ...],
+) -> list[Layout]:
+    """The layouts with which the results for parts of the rows are parts of the results.
+
+    Args:
+        call: the operator.
+        whole: the tensors it reads, for a batch.
+        run: runs it.
+        parts: ranges of rows to run by themselves.
+
+    Raises:
+        MixesRows: when there are no such layouts.
+    """
+    expected = run(whole)
+    given = [
+        {tensor: _rows_of(value, call.layout(tensor), part) for tensor, value in whole.items()}
+        for part in parts
+    ]
+    results = [run(values) for values in given]
+    for layouts in _candidates(call):
+        if all(
+            _close(result, _rows_of(full, layout, part))
+            for part, found in zip(parts, results, strict=True)
+            for result, full, layout in zip(found, expected, layouts, strict=True)
+        ):
+            return list(layouts)
     raise MixesRows("does not treat rows one by one")
 
 
-def _agrees(
-    call: Call,
-    whole: dict[fx.Node, torch.Tensor],
-    expected: list[torch.Tensor],
-    layouts: tuple[Split, ...],
-    part: tuple[int, int],
-) -> bool:
-    given = {tensor: _rows_of(value, call.layout(tensor), part) for tensor, value in whole.items()}
-    results = _run(call, given)
-    return all(
-        torch.allclose(result, _rows_of(full, layout, part), rtol=1e-4, atol=1e-5, equal_nan=True)
-        for result, full, layout in zip(results, expected, layouts, strict=True)
-    )
+def _candidates(call: Call) -> list[tuple[Split, ...]]:
+    """Where rows may lie in the results, judged by the sizes."""
+    sources = [call.layout(tensor) for tensor in call.tensors]
+    found: dict[tuple[Split, ...], None] = {}
+    for source in sources:
+        if not isinstance(source, Split):
+            continue
+        for like in (source, Split(0, 1, source.factor), Split(0)):
+            try:
+                found[tuple(placed(call.shape(output), like) for output in call.outputs)] = None
+            except MixesRows:
+                continue
+    if not found:
+        raise MixesRows("is not known to treat rows one by one")
+    return list(found)
+
+
+def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    if result.shape != expected.shape:
+        return False
+    tolerance = 1e-6 if result.dtype == torch.float64 else 1e-4
+    return torch.allclose(result, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _random(call: Call, tensor: fx.Node, generator: torch.Generator) -> torch.Tensor:

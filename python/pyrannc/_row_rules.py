@@ -28,7 +28,8 @@ from ._layout import (
 )
 from ._losses import LOSSES, Rewrite, loss_layout
 from ._matmul_rules import MATMULS
-from ._probe import probed
+from ._opaque import Opaque
+from ._probe import probed, probed_opaque
 from ._sizes import degree_in_rows, depends_on_rows, rows_factor
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def layouts_of(call: Call) -> list[Layout]:
     packet = call.operator.packet
     if all(call.layout(tensor) is NONE for tensor in call.tensors):
         return _made_from_sizes(call)
+    if isinstance(call.operator.target, Opaque):
+        return probed_opaque(call, call.operator.target)
     if packet in LOSSES:
         return loss_layout(call)
     rule = _rule(call, packet)
@@ -300,12 +303,12 @@ def _along_dims(call: Call) -> list[Layout]:
     return kept(call, source)
 
 
+_DIM_ARGUMENTS = ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis")
+
+
 def _dims(call: Call, ndim: int) -> set[int]:
     """The dimensions that an operator works along."""
-    given = [
-        call[name] for name in ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "axis", "dim_arg")
-        if name in call.arguments
-    ]  # fmt: skip
+    given = [call[name] for name in _DIM_ARGUMENTS if name in call.arguments]
     dims: set[int] = set()
     for item in given:
         if item is None or item == []:

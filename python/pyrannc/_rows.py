@@ -10,7 +10,7 @@ the first such operator is the reason.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -24,10 +24,12 @@ from ._flat import (
     written_arguments,
 )
 from ._layout import NONE, SUM, WHOLE, Content, Layout, MixesRows, Split, fallback, placed
-from ._losses import Rewrite
 from ._row_rules import layouts_of
 from ._sizes import Size, Symbols, depends_on_rows
 from ._sums import layout_with_sums
+
+if TYPE_CHECKING:
+    from ._losses import Rewrite
 
 
 @dataclass(slots=True)
@@ -102,7 +104,9 @@ class Call:
 class _Analyser:
     """The pass over the graph."""
 
-    def __init__(self, module: fx.GraphModule, inputs: dict[fx.Node, Layout], symbols: Symbols):
+    def __init__(
+        self, module: fx.GraphModule, inputs: dict[fx.Node, Layout], symbols: Symbols
+    ) -> None:
         self.found = RowAnalysis()
         self.symbols = symbols
         self._module = module

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from types import CodeType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 import torch
 from torch.utils._sympy.printers import PythonPrinter
+
+if TYPE_CHECKING:
+    from types import CodeType
 
 ROWS = sympy.Symbol("rows", integer=True, positive=True)
 

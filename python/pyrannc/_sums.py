@@ -44,7 +44,7 @@ def layout_with_sums(call: Call) -> list[Layout]:
         return _linear(call)
     except MixesRows:
         sums = [tensor for tensor in call.tensors if call.layout(tensor) is SUM]
-        known = [tensor for tensor in sums if call.promotable(tensor)]
+        known = [t for t in sums if call.promotable(t) and not call.shape(t)]
         if not known or written_arguments(call.node):
             raise
         call.rewrites.clear()

@@ -8,6 +8,7 @@ write the graph file (`_graph_file`).
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,6 @@ class Captured:
         value_names: names of the values, by id.
         value_nodes: the values as nodes of `module`, by id.
         state: parameters, buffers and constants by qualified name.
-        hidden_state: names of state that whole submodules read, by the key of their operator.
         denominators: what each process computes from its inputs before a step; the sums over
             all processes are the stages' denominators.
         static_rows: the only number of rows the capture is valid for; `None` for any.
@@ -53,7 +53,6 @@ class Captured:
     value_names: list[str]
     value_nodes: list[fx.Node]
     state: dict[str, torch.Tensor]
-    hidden_state: dict[str, list[str]]
     denominators: list[Denominator]
     static_rows: int | None
     batch_inputs: list[int]
@@ -109,7 +108,7 @@ def capture(
     tensors, names, structure = flatten((tuple(args), kwargs))
     rows = batch_rows_hint or batch_size(tensors)
     program = export(model, tensors, structure, rows)
-    flat = Flattener(program.module, program.symbols, _EXPORTED_NAME)
+    flat = Flattener(program.module, program.symbols, _EXPORTED_NAME, program.opaque_calls)
     module = flat.module(type(model).__name__)
     layouts = _input_layouts(flat, program)
     analysis = analyse(module, layouts, program.symbols)
@@ -122,7 +121,14 @@ def capture(
     sizes = (program.rows, program.rows if program.static_reason else 2 * program.rows)
     facts = measure(module, flat.inputs, tensors, program.symbols, sizes)
     file = GraphFile(
-        type(model).__name__, module, flat.inputs, names, analysis, facts, program, model
+        type(model).__name__,
+        module,
+        flat.inputs,
+        _named(model, names),
+        analysis,
+        facts,
+        program,
+        model,
     )
     return Captured(
         graph_json=file.json(rows),
@@ -131,7 +137,6 @@ def capture(
         value_names=[value["name"] for value in file.values],
         value_nodes=file.value_nodes,
         state=_state(module),
-        hidden_state=file.hidden_state,
         denominators=rewriter.denominators,
         static_rows=rows if program.static_reason is not None else None,
         batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
@@ -176,6 +181,29 @@ def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None)
         return f"{tensor.dtype}[{','.join(sizes)}]@{tensor.device.type}{gradient}"
 
     return "; ".join([structure.describe(leaf), *regions])
+
+
+def _named(model: torch.nn.Module, paths: list[str]) -> list[str]:
+    """Names of the tensors among the arguments: that of the parameter, then the path inside it."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    by_position = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    names = []
+    for path in paths:
+        group, _, rest = path.partition(".")
+        first, dot, inside = rest.partition(".")
+        if group == "0" and int(first) < len(by_position):
+            first = by_position[int(first)]
+        elif group == "0":
+            first = f"argument_{first}"
+        names.append(f"{first}{dot}{inside}")
+    return names
 
 
 def _describe(tensors: list[torch.Tensor], structure: Structure) -> str:

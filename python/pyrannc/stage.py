@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._cut import cut
+from ._cut import Part, cut
 from .errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import fx
 
     from .capture import Captured
 
@@ -28,15 +26,14 @@ class StageModule:
         module: the operators.
     """
 
-    def __init__(
-        self, inputs: list[int], outputs: list[int], module: fx.GraphModule, extras: list[str]
-    ) -> None:
+    def __init__(self, inputs: list[int], outputs: list[int], part: Part) -> None:
         self.inputs = inputs
         self.outputs = outputs
-        self.module = module
+        self.module = part.module
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.buffers: dict[str, torch.Tensor] = {}
-        self._extras = extras
+        self._extras = part.extras
+        self._denominator_dtypes = part.denominator_dtypes
 
     def __call__(
         self,
@@ -60,7 +57,8 @@ class StageModule:
             elif name == "row_share":
                 extras.append(row_share)
             else:
-                extras.append(denominators[int(name.removeprefix("denominator_"))])
+                given = denominators[int(name.removeprefix("denominator_"))]
+                extras.append(given.to(self._denominator_dtypes[name]))
         results = self.module(*(values[value] for value in self.inputs), *extras)
         return dict(zip(self.outputs, results, strict=True))
 
@@ -91,17 +89,11 @@ def build_stage(
         only={captured.node_by_key[key] for key in node_keys},
         name="Stage",
     )
-    stage = StageModule(list(inputs), list(outputs), part.module, part.extras)
-    names = [*part.state, *_hidden_state(captured, node_keys)]
-    for name in names:
+    stage = StageModule(list(inputs), list(outputs), part)
+    for name in part.state:
         tensor = captured.state[name]
         if isinstance(tensor, torch.nn.Parameter):
             stage.parameters[name] = tensor
         else:
             stage.buffers[name] = tensor
     return stage
-
-
-def _hidden_state(captured: Captured, node_keys: Sequence[str]) -> list[str]:
-    """State that is read by whole submodules, not by operators."""
-    return [name for key in node_keys for name in captured.hidden_state.get(key, ())]

@@ -1,0 +1,201 @@
+"""Finds the part of a model that the exporter stumbles over, and runs the model around it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules import module as module_hooks
+
+from ._opaque import Opaque, Site
+from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class CustomBackward(Exception):
+    """Raised when an `autograd.Function` that no site stands for is called during export."""
+
+    def __init__(self, function: type) -> None:
+        super().__init__(function.__qualname__)
+        self.function = function
+
+
+class Tracker:
+    """Knows which submodule is running.
+
+    Attributes:
+        running: the submodules whose forward has begun and not ended, outermost first.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[torch.nn.Module] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches all modules while the body runs; a failure leaves `running` as it was then."""
+        self.running.clear()
+        before = module_hooks.register_module_forward_pre_hook(self._enter)
+        after = module_hooks.register_module_forward_hook(self._leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, module: torch.nn.Module, args: Any) -> None:
+        del args
+        self.running.append(module)
+
+    def _leave(self, module: torch.nn.Module, args: Any, result: Any) -> None:
+        del args, result
+        while self.running and self.running.pop() is not module:
+            pass
+
+
+class Sites:
+    """All parts of a model that are called as they are."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._modules: dict[torch.nn.Module, Site] = {}
+        self._functions: dict[type, Site] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._modules or self._functions)
+
+    @property
+    def calls(self) -> dict[str, Opaque]:
+        """The sites' calls during the last export, by the name of their operator."""
+        sites = [*self._modules.values(), *self._functions.values()]
+        return {name: call for site in sites for name, call in site.calls.items()}
+
+    def add_function(self, function: type) -> None:
+        """Makes all calls of a custom `autograd.Function` opaque."""
+        self._functions[function] = Site(function.__qualname__, function.apply)
+
+    def add_module(self, culprit: torch.nn.Module | None) -> None:
+        """Makes a submodule opaque, or the smallest one around it that is not yet."""
+        names = {module: name for name, module in self._model.named_modules()}
+        path = names.get(culprit, "") if culprit is not None else ""
+        while self._model.get_submodule(path) in self._modules and path:
+            path = path.rpartition(".")[0]
+        module = self._model.get_submodule(path)
+        if module in self._modules:
+            message = f"`{type(self._model).__name__}` cannot be captured, not even as a whole"
+            raise CaptureError(message)
+        for inner in module.modules():
+            self._modules.pop(inner, None)
+        self._modules[module] = Site(type(module).__name__, module.forward, module)
+
+    def observe(self, run: Callable[[int], Any], sizes: tuple[int, ...]) -> None:
+        """Runs the model for real at some batch sizes; leaves it as it was.
+
+        Args:
+            run: runs the model with the given number of rows.
+            sizes: the batch sizes; only the first must work.
+        """
+        if any(tensor.is_meta for tensor in self._model.parameters()):
+            message = "a part of the model can only be captured by running it, on real parameters"
+            raise CaptureError(message, "create the model on a real device")
+        for site in self._all():
+            site.forget()
+        for number, rows in enumerate(sizes):
+            try:
+                with _unchanged(self._model), self._swapped(rows), torch.no_grad():
+                    run(rows)
+            except Exception:
+                if number == 0:
+                    raise
+                for site in self._all():
+                    site.forget(rows)
+
+    @contextlib.contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Has operators without insides in place of the sites while the body exports."""
+        with self._swapped(None):
+            yield
+
+    def _all(self) -> list[Site]:
+        return [*self._modules.values(), *self._functions.values()]
+
+    @contextlib.contextmanager
+    def _swapped(self, rows: int | None) -> Iterator[None]:
+        """Leads the sites' calls to `observe` (with a batch size) or `trace` (without)."""
+        for site in self._all():
+            site.begin()
+
+        def lead(site: Site) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if rows is None:
+                    return site.trace(args, kwargs)
+                return site.observe(rows, args, kwargs)
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for module, site in self._modules.items():
+                stack.enter_context(_attribute(module, "forward", lead(site)))
+            leads = {function: lead(site) for function, site in self._functions.items()}
+            stack.enter_context(_custom_backwards(leads, refuse=rows is None))
+            yield
+
+
+@contextlib.contextmanager
+def _attribute(holder: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of an instance while the body runs."""
+    before = holder.__dict__.get(name)
+    holder.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del holder.__dict__[name]
+        else:
+            holder.__dict__[name] = before
+
+
+@contextlib.contextmanager
+def _custom_backwards(leads: dict[type, Callable[..., Any]], *, refuse: bool) -> Iterator[None]:
+    """Catches calls of custom `autograd.Function`s: the exporter would lose their backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls in leads:
+            with _restored(original):
+                return leads[cls](*args, **kwargs)
+        if refuse and not cls.__module__.startswith("torch."):
+            raise CustomBackward(cls)
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    patched = classmethod(apply)
+    torch.autograd.Function.apply = patched  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+@contextlib.contextmanager
+def _restored(original: Any) -> Iterator[None]:
+    patched = torch.autograd.Function.__dict__["apply"]
+    torch.autograd.Function.apply = original
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = patched
+
+
+@contextlib.contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Puts buffers and random numbers back as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

@@ -172,8 +172,10 @@ class Flattener:
         symbols: Symbols,
         prefix: str,
         opaque_calls: dict[str, Opaque],
+        state_names: dict[int, str],
     ) -> None:
         self.graph = fx.Graph()
+        self._state_names = state_names
         self.attributes: dict[str, Any] = {}
         self.inputs: list[fx.Node] = []
         self._symbols = symbols
@@ -329,7 +331,8 @@ class Flattener:
             found = getattr(found, part)
         if isinstance(found, fx.GraphModule):
             return found
-        name = target.removeprefix(self._prefix)
+        # A tensor that the model has under several names goes by the first.
+        name = self._state_names.get(id(found), target.removeprefix(self._prefix))
         if name not in self.attributes:
             self.attributes[name] = found
         for existing in self.graph.find_nodes(op="get_attr", target=name):

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ._cut import cut
-from ._flat import Operator, operator_of
+from ._flat import Operator, Scope, Scoped, operator_of
 from ._layout import NONE, SUM, Layout, MixesRows, Split, merge, placed
 
 if TYPE_CHECKING:
@@ -61,6 +61,19 @@ class Rewrite:
     node: fx.Node
     power: int = 1
     operand: fx.Node | None = None
+
+
+class Shared(torch.nn.Module):
+    """An operator whose result is multiplied by the share of the batch to some power."""
+
+    def __init__(self, target: Callable[..., Any], scope: Scope | None, power: int) -> None:
+        super().__init__()
+        self._scoped = Scoped(target, scope or Scope())
+        self._power = power
+
+    def forward(self, *args: Any, row_share: float, **kwargs: Any) -> Any:
+        """Calls the operator."""
+        return self._scoped(*args, **kwargs) * row_share**self._power
 
 
 class Denominator:
@@ -179,6 +192,7 @@ class Rewriter:
         self._layouts = layouts
         self._row_share = next(n for n in self._graph.nodes if n.name == "row_share")
         self._promoted: dict[fx.Node, fx.Node] = {}
+        self._num_shared = 0
 
     def apply(self, rewrites: list[Rewrite]) -> None:
         """Makes all changes; those before the step are cut out of the graph first."""
@@ -205,8 +219,14 @@ class Rewriter:
                 rewrite.node.replace_input_with(rewrite.operand, promoted)
 
     def _share(self, node: fx.Node, power: int) -> None:
-        target = aten.mul.Tensor if power == 1 else aten.div.Tensor
-        self._append(node, target, self._row_share)
+        """Puts the operator and the factor into one, as what lies between would be no sum."""
+        what = operator_of(node)
+        assert what is not None
+        self._num_shared += 1
+        attribute = f"_shared_{self._num_shared}"
+        self._module.add_submodule(attribute, Shared(what.target, what.scope, power))
+        node.op, node.target = "call_module", attribute
+        node.kwargs = {**node.kwargs, "row_share": self._row_share}
 
     def _share_operand(self, node: fx.Node, operand: fx.Node) -> None:
         with self._graph.inserting_before(node):

@@ -108,7 +108,11 @@ def capture(
     tensors, names, structure = flatten((tuple(args), kwargs))
     rows = batch_rows_hint or batch_size(tensors)
     program = export(model, tensors, structure, rows)
-    flat = Flattener(program.module, program.symbols, _EXPORTED_NAME, program.opaque_calls)
+    state = [*model.named_parameters(), *model.named_buffers()]
+    state_names = {id(tensor): name for name, tensor in state}
+    flat = Flattener(
+        program.module, program.symbols, _EXPORTED_NAME, program.opaque_calls, state_names
+    )
     module = flat.module(type(model).__name__)
     layouts = _input_layouts(flat, program)
     analysis = analyse(module, layouts, program.symbols)

@@ -145,7 +145,7 @@ class Executor:
         state = step._in_flight.pop((action.stage, action.microbatch))  # noqa: SLF001
         roots, seeds = [], []
         for value, root in state.roots.items():
-            seed = self._take_if_present(step, action.gradient_slot(value))
+            seed = self.take(step, action.gradient_slot(value))
             if seed is not None:
                 roots.append(root)
                 seeds.append(seed)
@@ -223,7 +223,8 @@ class Executor:
             self._deposit(step, slot, piece.received.wait(), piece.rows, piece.total)
         return step.slots.get(slot)
 
-    def _take_if_present(self, step: Step, slot: Slot) -> torch.Tensor | None:
+    def take(self, step: Step, slot: Slot) -> torch.Tensor | None:
+        """The tensor of a slot once all its pieces are there, and nothing else keeps it; or `None`."""
         tensor = self._assembled(step, slot)
         self._drop(step, slot)
         return tensor
@@ -233,7 +234,7 @@ class Executor:
         step._owned.discard(slot)  # noqa: SLF001
 
     def _take(self, step: Step, slot: Slot, rows: int) -> torch.Tensor:
-        tensor = self._take_if_present(step, slot)
+        tensor = self.take(step, slot)
         if tensor is None:  # a sum that nobody contributed to
             tensor = _slices.zeros(self.values[slot.value], rows, self.comm.device)
         return tensor

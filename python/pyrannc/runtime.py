@@ -310,7 +310,7 @@ class Runtime:
         found: dict[int, torch.Tensor] = {}
         inputs = set(variant.graph.inputs)
         for value in set(variant.graph.outputs):
-            tensor = step.slots.pop(Slot.sink(value), None)
+            tensor = variant.executor.take(step, Slot.sink(value))
             if tensor is None:
                 tensor = _slices.zeros(variant.executor.values[value], 0, self.comm.device)
             found[value] = tensor.clone() if value in inputs else tensor
@@ -403,7 +403,7 @@ class _Finish:
         info = self.variant.executor.values[value]
         if not info.requires_grad:
             return None
-        gradient = self.step.slots.pop(Slot.source(value, gradient=True), None)
+        gradient = self.variant.executor.take(self.step, Slot.source(value, gradient=True))
         if gradient is None:
             rank = self.runtime.comm.rank
             return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)

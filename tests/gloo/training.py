@@ -94,7 +94,7 @@ def train_plainly(name: str, setup: Setup) -> Record:
     """On one process, with the global batch of each step."""
     chosen = case(name)
     model = chosen.make_model()
-    optimizer = _adam(model)
+    optimizer = _adam(chosen, model)
     record = Record()
     for step, rows in enumerate(setup.rows):
         total = sum(rows) if setup.gather_inputs else rows[0]
@@ -115,7 +115,7 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
     chosen = case(name)
     deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
     model = chosen.make_model()
-    optimizer = _adam(model)
+    optimizer = _adam(chosen, model)
     wrapped = pyrannc.RaNNCModule(
         model,
         optimizer,
@@ -141,9 +141,11 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
     return record
 
 
-def _adam(model: torch.nn.Module) -> torch.optim.Optimizer | None:
+def _adam(chosen: Case, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+    """Adam; in float32 with an epsilon above the rounding of gradients that are zero in truth."""
     parameters = list(model.parameters())
-    return torch.optim.Adam(parameters, lr=0.01) if parameters else None
+    eps = 1e-8 if chosen.float64_ok else 1e-4
+    return torch.optim.Adam(parameters, lr=0.01, eps=eps) if parameters else None
 
 
 def _local_batch(chosen: Case, setup: Setup, step: int, rows: Sequence[int]) -> Any:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import socket
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ _NETWORK_LINK = {"latency_ns": 100_000, "bytes_per_second": 10**9}
 
 _SMALL_BYTES = 8
 _LARGE_BYTES = 4 * 2**20
-_ROUND_TRIPS = 9
+_ROUND_TRIPS = 16
 
 Link = dict[str, int]
 
@@ -164,9 +163,10 @@ def _device_speed(device: torch.device) -> dict[str, int]:
     size = 768 if device.type == "cpu" else 4096
     matrix = torch.randn(size, size, device=device)
     block = torch.zeros((64 if device.type == "cpu" else 512) * 2**18, device=device)
+    target = torch.zeros_like(block)
     with torch.no_grad():
         multiply_ns = _fastest_ns(lambda: matrix @ matrix, device)
-        copy_ns = _fastest_ns(block.clone, device)
+        copy_ns = _fastest_ns(lambda: target.copy_(block), device)
     return {
         "flops_per_second": max(2 * size**3 * 10**9 // multiply_ns, 1),
         "memory_bytes_per_second": max(2 * block.nbytes * 10**9 // copy_ns, 1),
@@ -214,7 +214,10 @@ def _link(comm: Communicator, first: int, second: int) -> Link:
 
 
 def _one_way_ns(comm: Communicator, peer: int, num_bytes: int, *, starts: bool) -> int:
-    """Half of the usual time for a message to go to a peer and back."""
+    """Half of the time for a message to go to a peer and back.
+
+    The lower quartile: what is measured is kept, so a busy moment must not spoil it.
+    """
     message = torch.zeros(num_bytes, dtype=torch.uint8, device=comm.device)
     answer = torch.zeros_like(message)
     times = []
@@ -228,4 +231,4 @@ def _one_way_ns(comm: Communicator, peer: int, num_bytes: int, *, starts: bool) 
         synchronize(comm.device)
         times.append(time.perf_counter_ns() - start)
         comm.finish_sends()
-    return max(int(statistics.median(times[1:])) // 2, 1)
+    return max(sorted(times[1:])[len(times) // 4] // 2, 1)

@@ -69,13 +69,13 @@ build: $(wheel) ## install the package, with what it needs, into VENV
 
 $(wheel): $(tools) $(rust_sources)
 	@echo "installing pyrannc and what it needs into $(venv); torch takes minutes the first time"
-	PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(bin)/maturin develop --release --extras test
+	PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(bin)/maturin develop --release --generate-stubs --extras test
 	@touch $@
 
 $(tools): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed")'
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.9.4,<2"
+	$(bin)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.16,<2"
 	@mkdir -p $(stamps)
 	@touch $@
 

@@ -47,13 +47,7 @@ pub(crate) fn check_valid(
     resources: &Resources<'_>,
     mode: Mode,
 ) -> Result<(), ScheduleError> {
-    for (pass, lists) in program.passes() {
-        if lists.len() != pipeline.world_size as usize {
-            let problem =
-                format!("{pass} has lists for {} of {} ranks", lists.len(), pipeline.world_size);
-            return Err(ScheduleError::Incomplete { problem, grid: String::new() });
-        }
-    }
+    refuse_other_ranks(program, pipeline)?;
     let mut checker = Checker::new(pipeline, layout, resources, mode);
     let located = |pass: usize| move |fault: Fault| render::rejected(program, pass, &fault);
     let mut matchings = Vec::new();
@@ -72,6 +66,21 @@ pub(crate) fn check_valid(
     checker.pieces.complete(program)?;
     for (pass, (_, lists)) in program.passes().iter().enumerate() {
         checker.play(lists, &matchings[pass]).map_err(located(pass))?;
+    }
+    Ok(())
+}
+
+/// Whether there is a list for each rank.
+pub(crate) fn refuse_other_ranks(
+    program: &Program,
+    pipeline: &Pipeline,
+) -> Result<(), ScheduleError> {
+    for (pass, lists) in program.passes() {
+        if lists.len() != pipeline.world_size as usize {
+            let problem =
+                format!("{pass} has lists for {} of {} ranks", lists.len(), pipeline.world_size);
+            return Err(ScheduleError::Incomplete { problem, grid: String::new() });
+        }
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ use std::collections::BinaryHeap;
 use crate::depend::{Access, Ledger, Resource, Resources};
 use crate::generate::{Order, Seeded};
 use crate::route::Transfer;
-use crate::{Action, Pass, Pipeline, Place, Program, RankId, ScheduleError, StageId};
+use crate::{Action, Pass, Pipeline, Place, Program, RankId, ScheduleError};
 
 /// Writes the lists of all ranks.
 pub(crate) fn lower(
@@ -46,14 +46,14 @@ pub(crate) fn lower(
     Ok(Program { forward, backward })
 }
 
-/// Lists of transfers by resource.
+/// Lists of transfers, or of other things, by resource.
 struct Index {
     starts: Vec<u32>,
-    transfers: Vec<u32>,
+    items: Vec<u32>,
 }
 
 impl Index {
-    /// Sorts `(resource, transfer)` pairs by resource, keeping their order otherwise.
+    /// Sorts `(resource, item)` pairs by resource, keeping their order otherwise.
     fn new(count: usize, pairs: &[(Resource, u32)]) -> Self {
         let mut starts = vec![0u32; count + 1];
         for &(resource, _) in pairs {
@@ -63,13 +63,13 @@ impl Index {
             starts[index + 1] += starts[index];
         }
         let mut next = starts.clone();
-        let mut transfers = vec![0; pairs.len()];
-        for &(resource, transfer) in pairs {
+        let mut items = vec![0; pairs.len()];
+        for &(resource, item) in pairs {
             let place = &mut next[resource as usize];
-            transfers[*place as usize] = transfer;
+            items[*place as usize] = item;
             *place += 1;
         }
-        Self { starts, transfers }
+        Self { starts, items }
     }
 
     fn range(&self, resource: Resource) -> std::ops::Range<usize> {
@@ -91,10 +91,10 @@ struct Lowering<'a> {
     pulled: Index,
     /// Transfers from inputs to outputs.
     direct: Vec<u32>,
-    /// Per gradient group, how many backwards are still to come.
-    unreduced: Vec<u32>,
-    /// By stage, the groups it has parameters in.
-    groups: Vec<Vec<usize>>,
+    /// Gradient groups, by the gradients they add up.
+    groups: Index,
+    /// Per gradient group, how many of its gradients are still to be completed.
+    incomplete: Vec<u32>,
     lists: Vec<Vec<Action>>,
 }
 
@@ -138,37 +138,42 @@ impl<'a> Lowering<'a> {
             pushed: Index::new(resources.count(), &pushed),
             pulled: Index::new(resources.count(), &pulled),
             direct,
-            unreduced: vec![0; pipeline.gradient_groups.len()],
-            groups: vec![Vec::new(); pipeline.stages.len()],
+            groups: Index::new(resources.count(), &[]),
+            incomplete: vec![0; pipeline.gradient_groups.len()],
             lists: Vec::new(),
         };
         lowering.expect_work(order);
+        lowering.expect_reductions();
         lowering
     }
 
     fn expect_work(&mut self, order: &Order) {
-        for (index, group) in self.pipeline.gradient_groups.iter().enumerate() {
-            if self.pipeline.reduces(group) {
-                for stage in &group.stages {
-                    self.groups[stage.index()].push(index);
-                }
-            }
-        }
         for lists in [&order.forward, &order.backward] {
             for (index, list) in lists.iter().enumerate() {
                 for action in list {
-                    let ledger = &mut self.ledger;
                     touch(self.resources, RankId::new(index), action, |resource, access| {
-                        ledger.expect(resource, access);
+                        self.ledger.expect(resource, access);
                     });
-                    if let Action::Backward { stage, .. } = action {
-                        for &group in &self.groups[stage.index()] {
-                            self.unreduced[group] += 1;
-                        }
-                    }
                 }
             }
         }
+    }
+
+    fn expect_reductions(&mut self) {
+        let mut pairs = Vec::new();
+        for (group, index) in self.pipeline.gradient_groups.iter().zip(0..) {
+            let action = Action::ReduceGradients { group: group.id };
+            let ranks = group.ranks.iter().filter(|_| self.pipeline.reduces(group));
+            for &rank in ranks {
+                touch(self.resources, rank, &action, |resource, _| {
+                    if !self.ledger.complete(resource) {
+                        pairs.push((resource, index));
+                        self.incomplete[index as usize] += 1;
+                    }
+                });
+            }
+        }
+        self.groups = Index::new(self.resources.count(), &pairs);
     }
 
     /// Plays the work of one pass; slots that are full from the start are of these `passes`.
@@ -258,7 +263,7 @@ impl<'a> Lowering<'a> {
         });
         for resource in taken {
             for position in self.pulled.range(resource) {
-                self.transfer(self.pulled.transfers[position], woken);
+                self.transfer(self.pulled.items[position], woken);
             }
         }
     }
@@ -278,21 +283,22 @@ impl<'a> Lowering<'a> {
         });
         for resource in made {
             for position in self.pushed.range(resource) {
-                self.transfer(self.pushed.transfers[position], woken);
+                self.transfer(self.pushed.items[position], woken);
             }
-        }
-        if let Action::Backward { stage, .. } = action {
-            self.reduce(stage);
+            if self.ledger.complete(resource) {
+                self.reduce(resource);
+            }
         }
         woken.push(rank);
     }
 
-    /// Reduces the groups that have had their last backward.
-    fn reduce(&mut self, stage: StageId) {
-        for &group in &self.groups[stage.index()] {
-            self.unreduced[group] -= 1;
-            if self.unreduced[group] == 0 {
-                let group = &self.pipeline.gradient_groups[group];
+    /// Reduces the groups that only waited for these gradients.
+    fn reduce(&mut self, gradients: Resource) {
+        for position in self.groups.range(gradients) {
+            let index = self.groups.items[position] as usize;
+            self.incomplete[index] -= 1;
+            if self.incomplete[index] == 0 {
+                let group = &self.pipeline.gradient_groups[index];
                 for rank in &group.ranks {
                     self.lists[rank.index()].push(Action::ReduceGradients { group: group.id });
                 }

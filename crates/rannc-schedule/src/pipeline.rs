@@ -305,3 +305,98 @@ fn refuse(problem: Option<String>, place: impl FnOnce() -> String) -> Result<(),
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rannc_graph::Affine;
+
+    use super::{Batch, Flow, GradientGroup, Pipeline, Place, RankId, Stage, StageId, Transport};
+
+    fn pipeline() -> Pipeline {
+        let stage = |rank| Stage { ranks: vec![RankId(rank)], backward: true };
+        let flow = |value, from, to| Flow {
+            value,
+            transport: Transport::Split,
+            from,
+            to: vec![to],
+            gradient: false,
+            bytes: Affine::per_row(4),
+        };
+        let (first, second) = (Place::Stage(StageId(0)), Place::Stage(StageId(1)));
+        let groups = GradientGroup {
+            id: 0,
+            ranks: vec![RankId(0), RankId(1)],
+            stages: vec![StageId(0), StageId(1)],
+            bytes: 4,
+        };
+        Pipeline {
+            world_size: 2,
+            stages: vec![stage(0), stage(1)],
+            flows: vec![
+                flow(0, Place::Source, first),
+                flow(1, first, second),
+                flow(2, second, Place::Sink),
+            ],
+            gradient_groups: vec![groups],
+        }
+    }
+
+    fn problem(change: impl Fn(&mut Pipeline)) -> String {
+        let mut pipeline = pipeline();
+        pipeline.validate().unwrap();
+        change(&mut pipeline);
+        let message = pipeline.validate().unwrap_err().to_string();
+        message.replace("the pipeline is not valid: ", "")
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let found = [
+            problem(|pipeline| pipeline.stages[0].ranks.clear()),
+            problem(|pipeline| pipeline.stages[1].ranks = vec![RankId(1), RankId(0)]),
+            problem(|pipeline| pipeline.stages[1].ranks = vec![RankId(2)]),
+            problem(|pipeline| pipeline.flows[1].value = 0),
+            problem(|pipeline| pipeline.flows[1].to.clear()),
+            problem(|pipeline| pipeline.flows[1].to = vec![Place::Stage(StageId(0))]),
+            problem(|pipeline| pipeline.flows[0].transport = Transport::Sum),
+            problem(|pipeline| {
+                pipeline.flows[1].gradient = true;
+                pipeline.stages[0].backward = false;
+            }),
+            problem(|pipeline| pipeline.gradient_groups[0].ranks.truncate(1)),
+        ];
+        insta::assert_snapshot!(found.join("\n"), @r"
+        stage 0: it has no replica
+        stage 1: its ranks are not ascending
+        stage 1: it is on rank 2, but there are 2 ranks
+        value 0: it has more than one flow
+        value 1: nobody uses it
+        value 1: it flows from stage 0 back to stage 0
+        value 0: a model input cannot be a sum over microbatches
+        value 1: its gradient goes to stage 0, which has no backward
+        gradient group 0: its ranks are not those of its stages, ascending
+        ");
+    }
+
+    #[test]
+    fn batches_must_fit() {
+        let refused = |rows: &[u64], gather, microbatches| {
+            let batch = Batch { rows: rows.to_vec(), gather, microbatches };
+            batch.validate(&pipeline()).unwrap_err().to_string()
+        };
+        let found = [
+            refused(&[1], true, 1),
+            refused(&[1, 1], true, 0),
+            refused(&[0, 0], true, 1),
+            refused(&[1, 1], false, 1),
+            refused(&[u64::MAX, u64::MAX], true, 1),
+        ];
+        insta::assert_snapshot!(found.join("\n"), @r"
+        the batch has rows for 1 ranks, but the pipeline has 2
+        the batch is cut into 0 microbatches, needed 1 to 4096
+        the batch has 0 rows, needed 1 to 1099511627776
+        rank 1 brings 1 rows, but only rank 0's count when inputs are not gathered
+        the batch has 18446744073709551615 rows, needed 1 to 1099511627776
+        ");
+    }
+}

@@ -8,6 +8,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::check::refuse_other_ranks;
 use crate::clock::Clock;
 use crate::depend::{Ledger, Resources};
 use crate::render;
@@ -79,6 +80,7 @@ pub fn simulate(
     memory: &dyn Memory,
 ) -> Result<Timeline, ScheduleError> {
     pipeline.validate()?;
+    refuse_other_ranks(program, pipeline)?;
     let resources = Resources::new(pipeline, num_microbatches(program))?;
     let mut ledger = Ledger::new(&resources);
     let mut training = false;

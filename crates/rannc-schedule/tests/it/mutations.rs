@@ -2,10 +2,13 @@
 
 use proptest::prelude::*;
 use proptest::sample::Index;
-use rannc_schedule::{Action, Flow, Pass, Place, Program, RankId, Slot, StageId, check, compile};
+use rannc_schedule::{
+    Action, Flow, Pass, Place, Program, RankId, RowRange, Slot, StageId, check, compile,
+};
 
 use crate::pipelines::{Case, batch, cases, chain};
 use crate::properties::program;
+use crate::simulation::timeline;
 
 fn refused(program: &Program, case: &Case) -> bool {
     check(program, &case.pipeline, &case.batch, case.mode).is_err()
@@ -100,26 +103,34 @@ fn uses(action: &Action, case: &Case) -> Uses {
     uses
 }
 
-/// Whether two receives get the same piece for two of its consumers, or are equal.
-fn alike(first: &Action, second: &Action) -> bool {
-    match (first, second) {
-        (
-            Action::Recv { slot, rows, peer, .. },
-            Action::Recv { slot: other_slot, rows: other_rows, peer: other_peer, .. },
-        ) => {
-            (slot.place != other_slot.place || slot == other_slot)
-                && (slot.value, slot.pass, rows, peer)
-                    == (other_slot.value, other_slot.pass, other_rows, other_peer)
-        }
+/// The slot and rows at the other end of a transfer, which is at the same position between the two ranks.
+fn other_end(lists: &[Vec<Action>], rank: usize, step: usize) -> Option<(Slot, Option<RowRange>)> {
+    let (Action::Send { peer, .. } | Action::Recv { peer, .. }) = lists[rank][step] else {
+        return None;
+    };
+    let between = |action: &&Action, other: usize| match action {
+        Action::Send { peer, .. } | Action::Recv { peer, .. } => peer.index() == other,
         _ => false,
+    };
+    let number = lists[rank][..step].iter().filter(|action| between(action, peer.index())).count();
+    match lists[peer.index()].iter().filter(|action| between(action, rank)).nth(number) {
+        Some(&(Action::Send { slot, rows, .. } | Action::Recv { slot, rows, .. })) => {
+            Some((slot, rows))
+        }
+        other => panic!("{other:?} is no other end"),
     }
+}
+
+/// Whether two actions may change places although they are transfers with the same peer: they are equal,
+/// one piece goes to two slots, or two gradients are added to the same rows.
+fn alike(lists: &[Vec<Action>], rank: usize, first: usize, second: usize) -> bool {
+    let end = other_end(lists, rank, first);
+    lists[rank][first] == lists[rank][second]
+        || (end.is_some() && end == other_end(lists, rank, second))
 }
 
 /// Whether the second action must stay behind the first.
 fn depends(first: &Action, second: &Action, case: &Case) -> bool {
-    if alike(first, second) {
-        return false;
-    }
     let (first, second) = (uses(first, case), uses(second, case));
     let common = |left: &[Thing], right: &[Thing]| left.iter().any(|thing| right.contains(thing));
     common(&first.writes, &second.reads)
@@ -173,9 +184,13 @@ proptest! {
     fn another_order_is_refused(case in cases(), index in any::<Index>(), other in any::<Index>()) {
         let mut program = program(&case);
         let (pass, rank, step) = *index.get(&places(&program));
-        let list = &mut lists(&mut program, pass)[rank];
-        let after: Vec<usize> =
-            (step + 1..list.len()).filter(|&after| depends(&list[step], &list[after], &case)).collect();
+        let lists = lists(&mut program, pass);
+        let bound = |after: &usize| {
+            depends(&lists[rank][step], &lists[rank][*after], &case)
+                && !alike(lists, rank, step, *after)
+        };
+        let after: Vec<usize> = (step + 1..lists[rank].len()).filter(bound).collect();
+        let list = &mut lists[rank];
         if after.is_empty() {
             return Ok(());
         }
@@ -216,6 +231,89 @@ proptest! {
             Action::ReduceOutput { value } => *value += 1,
         }
         prop_assert!(refused(&program, &case), "{} for {}", before, rank);
+    }
+}
+
+fn small_or_huge() -> impl Strategy<Value = u64> {
+    prop_oneof![6 => 0..6u64, 1 => any::<u64>()]
+}
+
+fn any_slot() -> impl Strategy<Value = Slot> {
+    let place = prop_oneof![
+        Just(Place::Source),
+        Just(Place::Sink),
+        (0..6u32).prop_map(|stage| Place::Stage(StageId(stage))),
+    ];
+    let pass = prop_oneof![Just(Pass::Forward), Just(Pass::Backward)];
+    let value = prop_oneof![0..6u32, 11..16u32];
+    (place, small_or_huge(), value, pass).prop_map(|(place, microbatch, value, pass)| Slot {
+        place,
+        microbatch: microbatch as u32,
+        value,
+        pass,
+    })
+}
+
+fn any_rows() -> impl Strategy<Value = Option<RowRange>> {
+    let range = (small_or_huge(), small_or_huge());
+    prop::option::of(range.prop_map(|(start, end)| RowRange::new(start, end)))
+}
+
+fn any_action() -> impl Strategy<Value = Action> {
+    let work = (0..6u32, small_or_huge(), small_or_huge(), any::<bool>());
+    let end = || (any_slot(), any_rows());
+    let details = (small_or_huge(), 0..7u32, any::<bool>());
+    prop_oneof![
+        work.prop_map(|(stage, microbatch, rows, forward)| {
+            let (stage, microbatch) = (StageId(stage), microbatch as u32);
+            if forward {
+                Action::Forward { stage, microbatch, rows }
+            } else {
+                Action::Backward { stage, microbatch, rows }
+            }
+        }),
+        (end(), end(), details, 0..3u8).prop_map(|(from, to, (total, peer, release), kind)| {
+            let ((slot, rows), peer) = (from, RankId(peer));
+            match kind {
+                0 => Action::Send { slot, rows, peer, release },
+                1 => Action::Recv { slot, rows, total, peer },
+                _ => {
+                    let (from_rows, (to, to_rows)) = (rows, to);
+                    Action::Copy { from: slot, from_rows, to, to_rows, total, release }
+                }
+            }
+        }),
+        (0..12u32).prop_map(|group| Action::ReduceGradients { group }),
+        (0..16u32).prop_map(|value| Action::ReduceOutput { value }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn nonsense_does_no_harm(
+        case in cases(),
+        changes in prop::collection::vec((any::<Index>(), any_action()), 1..4),
+    ) {
+        let mut program = program(&case);
+        let before = program.clone();
+        for (index, action) in changes {
+            let (pass, rank, step) = *index.get(&places(&program));
+            lists(&mut program, pass)[rank][step] = action;
+        }
+        prop_assert!(program == before || refused(&program, &case));
+        let _ = timeline(&program, &case.pipeline, 1);
+    }
+
+    #[test]
+    fn lists_for_other_ranks_are_refused(case in cases(), less in any::<bool>()) {
+        let mut program = program(&case);
+        if less {
+            program.forward.pop();
+        } else {
+            program.forward.push(vec![Action::ReduceOutput { value: 0 }]);
+        }
+        prop_assert!(refused(&program, &case));
+        prop_assert!(timeline(&program, &case.pipeline, 1).is_err());
     }
 }
 

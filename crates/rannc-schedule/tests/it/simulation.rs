@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use rannc_schedule::{
-    Action, Memory, Mode, Pipeline, Place, Program, RankId, ScheduleKind, StageId, Timeline,
-    Timing, Transport, chrome_trace, compile, simulate,
+    Action, Memory, Mode, Pipeline, Place, Program, RankId, ScheduleError, ScheduleKind, StageId,
+    Timeline, Timing, Transport, chrome_trace, compile, simulate,
 };
 
 use crate::pipelines::{Case, batch, cases, chain};
@@ -38,8 +38,12 @@ impl Memory for Rows {
     }
 }
 
-fn timeline(program: &Program, pipeline: &Pipeline, transfer_ns: u64) -> Timeline {
-    simulate(program, pipeline, &Steady { transfer_ns }, &Rows).unwrap()
+pub(crate) fn timeline(
+    program: &Program,
+    pipeline: &Pipeline,
+    transfer_ns: u64,
+) -> Result<Timeline, ScheduleError> {
+    simulate(program, pipeline, &Steady { transfer_ns }, &Rows)
 }
 
 /// The longest way of rows up through the stages.
@@ -64,7 +68,7 @@ proptest! {
     #[test]
     fn no_step_is_shorter_than_its_work(case in cases(), transfer_ns in 0..20u64) {
         let program = program(&case);
-        let timeline = timeline(&program, &case.pipeline, transfer_ns);
+        let timeline = timeline(&program, &case.pipeline, transfer_ns).unwrap();
         prop_assert!(timeline.makespan_ns >= critical_path(&case.pipeline));
         for (rank, lists) in timeline.ranks.iter().zip(&program.forward) {
             prop_assert!(timeline.makespan_ns >= rank.busy_ns);
@@ -79,7 +83,7 @@ proptest! {
 }
 
 fn training(case: &Case) -> Timeline {
-    timeline(&program(case), &case.pipeline, 0)
+    timeline(&program(case), &case.pipeline, 0).unwrap()
 }
 
 fn four_stages(schedule: ScheduleKind) -> Case {
@@ -128,7 +132,7 @@ fn the_trace_is_json() {
     let pipeline = chain(2, &[&[0], &[1]]);
     let program =
         compile(&pipeline, &batch(&[2, 2], 2), ScheduleKind::FillDrain, Mode::Training).unwrap();
-    let trace = chrome_trace(&timeline(&program, &pipeline, 1500));
+    let trace = chrome_trace(&timeline(&program, &pipeline, 1500).unwrap());
     let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     let work = events.iter().filter(|event| event["cat"] == "forward").count();

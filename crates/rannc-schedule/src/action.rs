@@ -6,6 +6,10 @@
 //! slot, any other is added at its rows to zeros. So pieces of rows fill the slot, and summands and the
 //! gradients of several consumers add up. A slot that nothing arrived in stands for zeros (or for no
 //! rows).
+//!
+//! Work that takes a slot empties it, and so does the `release` of its last send or copy. Only what nobody
+//! moves stays until the step ends: replicas' spare copies of whole values, and the gradient of a sum that
+//! no summand arrived for.
 
 use std::ops::Range;
 

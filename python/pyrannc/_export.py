@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import warnings
@@ -50,6 +51,11 @@ class Program:
     opaque_calls: dict[str, Opaque]
     static_reason: str | None
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether its sizes are expressions of the number of rows."""
+        return self.symbols.any
+
 
 class FlatModel(torch.nn.Module):
     """A model that takes and gives flat lists of tensors.
@@ -88,7 +94,11 @@ class _Noted:
 
 
 def export(
-    model: torch.nn.Module, tensors: list[torch.Tensor], arguments: Structure, rows: int
+    model: torch.nn.Module,
+    tensors: list[torch.Tensor],
+    arguments: Structure,
+    rows: int,
+    static_reason: str | None = None,
 ) -> Program:
     """Exports a model for tensors like these.
 
@@ -98,29 +108,27 @@ def export(
         arguments: the structure of its arguments.
         rows: the batch size; tensors with this first dimension hold rows, unless the model takes
             them otherwise.
+        static_reason: why only this batch size should be tried, if so.
     """
     flat = FlatModel(model, arguments)
     candidates = {i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows}
-    # Sizes 0 and 1 are taken as constants by the exporter.
-    exported_rows = max(rows, 2)
-    copies = [
-        _copy(tensor, exported_rows if index in candidates else None)
-        for index, tensor in enumerate(tensors)
-    ]
-    exporter = _Exporter(model, flat, copies, candidates)
-    module = exporter.export(exported_rows)
-    symbols = _batch_symbols(module)
-    if symbols:
-        reason = _restriction(module, set(symbols.values()))
-        table = Symbols(list(symbols.values()))
-        calls = exporter.sites.calls
-        return Program(module, table, exported_rows, set(symbols), flat.results, calls, reason)
-    if exported_rows != rows:
-        exporter.tensors = [_copy(tensor, None) for tensor in tensors]
-        module = exporter.export(rows)
-    reason = "the model is written for one batch size"
+    exporter = _Exporter(model, flat, candidates)
+    if static_reason is None:
+        # Sizes 0 and 1 are taken as constants by the exporter.
+        module = exporter.export(tensors, max(rows, 2), dynamic=True)
+        symbols = _batch_symbols(module)
+        static_reason = "the model is written for one batch size"
+        if symbols:
+            static_reason = _restriction(module, set(symbols.values()))
+            table = Symbols(list(symbols.values()))
+        if symbols and (static_reason is None or rows > 1):
+            calls, exported_rows = exporter.sites.calls, max(rows, 2)
+            return Program(
+                module, table, exported_rows, set(symbols), flat.results, calls, static_reason
+            )
+    module = exporter.export(tensors, rows, dynamic=False)
     calls = exporter.sites.calls
-    return Program(module, Symbols([]), rows, candidates, flat.results, calls, reason)
+    return Program(module, Symbols([]), rows, candidates, flat.results, calls, static_reason)
 
 
 class _Exporter:
@@ -130,24 +138,29 @@ class _Exporter:
         self,
         model: torch.nn.Module,
         flat: FlatModel,
-        tensors: list[torch.Tensor],
         candidates: set[int],
     ) -> None:
         self.sites = Sites(model)
-        self.tensors = tensors
         self._model = model
         self._flat = flat
         self._candidates = candidates
 
-    def export(self, rows: int) -> fx.GraphModule:
-        """The exported program for `rows` rows, which the tensors must have."""
+    def export(self, tensors: list[torch.Tensor], rows: int, *, dynamic: bool) -> fx.GraphModule:
+        """The exported program.
+
+        Args:
+            tensors: tensors like its arguments.
+            rows: the batch size to export it with.
+            dynamic: whether it should serve other batch sizes.
+        """
         tracker = Tracker()
         if self.sites:
-            self._observe(rows)
+            self._observe(tensors, rows)
         while True:
             try:
                 with self.sites.standing_in(), tracker.watching():
-                    module = _exported(self._flat, self.tensors, self._candidates)
+                    copies = self._copies(tensors, rows)
+                    module = _exported(self._flat, copies, self._candidates if dynamic else set())
                 unknown = _unknown_sizes(module)
                 if not unknown:
                     return module
@@ -156,7 +169,13 @@ class _Exporter:
                 raise
             except Exception as failure:
                 self._blame(failure, tracker.running)
-            self._observe(rows)
+            self._observe(tensors, rows)
+
+    def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
+        return [
+            _copy(tensor, rows if index in self._candidates else None)
+            for index, tensor in enumerate(tensors)
+        ]
 
     def _blame(self, failure: Exception, running: list[torch.nn.Module]) -> None:
         """Makes the part opaque in which the exporter failed."""
@@ -182,19 +201,12 @@ class _Exporter:
             common = common[: same.index(False) if False in same else len(same)]
         return self._model.get_submodule(".".join(common))
 
-    def _observe(self, rows: int) -> None:
+    def _observe(self, tensors: list[torch.Tensor], rows: int) -> None:
         other = max(2, rows // 2) if rows >= 4 else 2 * rows
-
-        def run(num_rows: int) -> None:
-            self._flat(
-                *(
-                    _copy(tensor, num_rows if index in self._candidates else None)
-                    for index, tensor in enumerate(self.tensors)
-                )
-            )
-
         with _no_autocast():
-            self.sites.observe(run, (rows, other))
+            self.sites.observe(
+                lambda count: self._flat(*self._copies(tensors, count)), (rows, other)
+            )
 
 
 def _innermost_name(running: list[torch.nn.Module]) -> str:
@@ -238,7 +250,7 @@ def _copy(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
 
 def _exported(flat: FlatModel, tensors: list[torch.Tensor], candidates: set[int]) -> fx.GraphModule:
     shapes = tuple({0: Dim.AUTO} if i in candidates else None for i in range(len(tensors)))
-    with _quiet(), torch.enable_grad(), _no_autocast():
+    with _quiet(), torch.enable_grad(), _no_autocast(), _regions_in_line():
         program = torch.export.export(
             flat, tuple(tensors), strict=False, dynamic_shapes={"tensors": shapes}
         )
@@ -252,7 +264,10 @@ def _batch_symbols(module: fx.GraphModule) -> dict[int, sympy.Symbol]:
     for index, node in enumerate(placeholders):
         shape = node.meta["val"].shape
         if len(shape) and isinstance(shape[0], torch.SymInt):
-            found[index] = shape[0].node.expr
+            expression = shape[0].node.expr
+            # The exporter may have found out meanwhile that it is a constant.
+            if isinstance(expression, sympy.Symbol):
+                found[index] = expression
     return found
 
 
@@ -281,6 +296,26 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _regions_in_line() -> Iterator[None]:
+    """Has `no_grad` and `autocast` regions shown by where they begin and end.
+
+    The exporter's passes that make nested graphs of them lose a `no_grad` inside an `autocast`.
+    Without these passes (which other versions of torch may have elsewhere) all works alike but for
+    that.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("replace_set_grad_with_hop_pass", "replace_autocast_with_hop_pass"):
+            try:
+                module = importlib.import_module(f"torch._export.passes.{name}")
+                original = getattr(module, name)
+            except (ImportError, AttributeError):
+                continue
+            setattr(module, name, lambda program, signature: (program, signature))
+            stack.callback(setattr, module, name, original)
+        yield
 
 
 @contextlib.contextmanager

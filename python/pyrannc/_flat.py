@@ -21,11 +21,13 @@ import torch
 from torch import fx
 
 from ._opaque import NAMESPACE, Opaque
-from ._sizes import ROWS, Symbols, depends_on_rows, expression_text, size
+from ._sizes import ROWS, depends_on_rows, expression_text, size
 from .errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from ._export import Program
 
 aten = torch.ops.aten
 
@@ -47,8 +49,12 @@ class Scope:
     autocast: tuple[tuple[str, torch.dtype | None, bool], ...] = ()
 
     def enter_grad(self, enabled: bool) -> Scope:  # noqa: FBT001
-        """The scope inside a `set_grad_enabled` region."""
-        return Scope(enabled, self.autocast)
+        """The scope inside a `set_grad_enabled` region.
+
+        Gradients are on while a model is captured, so turning them on is going back to what the
+        caller has.
+        """
+        return Scope(None if enabled else False, self.autocast)
 
     def enter_autocast(self, device: str, dtype: torch.dtype | None, enabled: bool) -> Scope:  # noqa: FBT001
         """The scope inside an `autocast` region."""
@@ -168,19 +174,18 @@ class Flattener:
 
     def __init__(
         self,
-        exported: fx.GraphModule,
-        symbols: Symbols,
+        program: Program,
         prefix: str,
-        opaque_calls: dict[str, Opaque],
         state_names: dict[int, str],
     ) -> None:
+        exported = program.module
         self.graph = fx.Graph()
         self._state_names = state_names
         self.attributes: dict[str, Any] = {}
         self.inputs: list[fx.Node] = []
-        self._symbols = symbols
+        self._symbols = program.symbols
         self._prefix = prefix
-        self._opaque_calls = opaque_calls
+        self._opaque_calls = program.opaque_calls
         self._sizes: dict[str, fx.Node] = {}
         for node in exported.graph.nodes:
             if node.op == "placeholder":
@@ -199,9 +204,18 @@ class Flattener:
         return fx.GraphModule(self.attributes, self.graph, name)
 
     def _inline(self, source: fx.GraphModule, known: dict[fx.Node, Any], scope: Scope) -> list[Any]:
+        outside: dict[fx.Node, Scope] = {}
         for node in source.graph.nodes:
+            name = getattr(node.target, "__name__", "")
             if node.op == "get_attr":
                 known[node] = self._attribute(source, str(node.target), node)
+            elif name == "_set_grad_enabled":
+                scope = scope.enter_grad(bool(node.args[0]))
+            elif name == "_enter_autocast":
+                outside[node] = scope
+                scope = scope.enter_autocast(*node.args[:3])
+            elif name == "_exit_autocast":
+                scope = Scope(scope.grad, outside[node.args[0]].autocast)
             elif node.op == "call_function":
                 self._call(node, known, scope)
             elif node.op == "output":

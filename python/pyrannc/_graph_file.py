@@ -30,19 +30,18 @@ class GraphFile:
 
     def __init__(
         self,
-        name: str,
+        model: torch.nn.Module,
         module: fx.GraphModule,
         inputs: list[fx.Node],
         input_names: list[str],
         analysis: RowAnalysis,
         facts: Measurements,
         program: Program,
-        model: torch.nn.Module,
     ) -> None:
         self.values: list[dict[str, Any]] = []
         self.value_nodes: list[fx.Node] = []
         self.node_by_key: dict[str, fx.Node] = {}
-        self._name = name
+        self._name = type(model).__name__
         self._module = module
         self._analysis = analysis
         self._facts = facts

@@ -61,6 +61,10 @@ class Measurements:
     operators: dict[fx.Node, OperatorFacts]
 
 
+class OneBatchSizeError(Exception):
+    """Occurs when a graph runs for one batch size but not for another."""
+
+
 def measure(
     module: fx.GraphModule,
     inputs: list[fx.Node],
@@ -76,9 +80,16 @@ def measure(
         examples: a tensor for each of them: its type, device and `requires_grad` count.
         symbols: translates symbolic sizes.
         rows: the batch sizes.
+
+    Raises:
+        OneBatchSizeError: when it runs for the first batch size only.
     """
     first = _run(module, inputs, examples, symbols, rows[0])
-    second = first if rows[0] == rows[1] else _run(module, inputs, examples, symbols, rows[1])
+    try:
+        second = first if rows[0] == rows[1] else _run(module, inputs, examples, symbols, rows[1])
+    except Exception as failure:
+        message = f"it fails for {rows[1]} rows though not for {rows[0]}"
+        raise OneBatchSizeError(message) from failure
 
     def line(node: fx.Node, one: dict[fx.Node, int], other: dict[fx.Node, int]) -> Affine:
         return one[node] if rows[0] == rows[1] else fit(one[node], other[node], rows)

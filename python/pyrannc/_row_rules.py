@@ -216,7 +216,8 @@ def scales_with_rows(call: Call) -> bool:
     if len(numbers) != 1 or call["rounding_mode"] is not None:
         return False
     degree = degree_in_rows(numbers[0])
-    if degree == 0 or written_arguments(call.node):
+    floating = all(output.meta["val"].is_floating_point() for output in call.outputs)
+    if degree == 0 or not floating or written_arguments(call.node):
         return False
     # Multiplying by the rows of a part is too little by the part's share of the batch.
     power = degree if "div" in packet else -degree

@@ -94,6 +94,11 @@ class Symbols:
     def __init__(self, batch_symbols: list[sympy.Symbol]) -> None:
         self._table = dict.fromkeys(batch_symbols, ROWS)
 
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self._table)
+
     def expression(self, number: Any) -> Any:
         """A number, or the expression of `rows` it stands for."""
         if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):

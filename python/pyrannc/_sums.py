@@ -110,6 +110,8 @@ def _sum_of_sums(call: Call) -> list[Layout]:
         elif depends_on_rows(operand):
             raise MixesRows("computes with the number of rows")
         elif operand != 0:
+            if not call.outputs[0].meta["val"].is_floating_point():
+                raise MixesRows("adds a number to a whole-numbered sum over the batch")
             if written_arguments(call.node):
                 raise MixesRows("adds a number to a sum over the batch in place")
             call.rewrites.append(Rewrite("share_number", call.node))

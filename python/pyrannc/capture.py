@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._export import Program, export
-from ._flat import Flattener, is_value, operator_of
+from ._flat import Flattener, is_value
 from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
 from ._losses import Denominator, Rewriter
-from ._measure import measure
+from ._measure import OneBatchSizeError, measure
 from ._rows import RowAnalysis, analyse, getattr_path
+from ._sizes import ROWS
 from ._structure import Structure, flatten
 from .errors import CaptureError
 
@@ -104,36 +105,41 @@ def capture(
     Raises:
         CaptureError: when the arguments or results have a form that cannot be taken apart.
     """
-    kwargs = kwargs or {}
-    tensors, names, structure = flatten((tuple(args), kwargs))
+    tensors, paths, structure = flatten((tuple(args), kwargs or {}))
+    names = _named(model, paths)
     rows = batch_rows_hint or batch_size(tensors)
-    program = export(model, tensors, structure, rows)
-    state = [*model.named_parameters(), *model.named_buffers()]
-    state_names = {id(tensor): name for name, tensor in state}
-    flat = Flattener(
-        program.module, program.symbols, _EXPORTED_NAME, program.opaque_calls, state_names
-    )
+    return _captured(model, tensors, names, structure, rows)
+
+
+def _captured(
+    model: torch.nn.Module,
+    tensors: list[torch.Tensor],
+    names: list[str],
+    structure: Structure,
+    rows: int,
+    static_reason: str | None = None,
+) -> Captured:
+    program = export(model, tensors, structure, rows, static_reason)
+    flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
     module = flat.module(type(model).__name__)
     layouts = _input_layouts(flat, program)
-    analysis = analyse(module, layouts, program.symbols)
-    if program.static_reason is not None:
-        _make_static(flat, analysis, program, rows)
+    if program.dynamic:
+        analysis = analyse(module, layouts, program.symbols)
+        if program.static_reason is not None and analysis.reason is None:
+            analysis = _static_analysis(flat, layouts, program)
+    else:
+        analysis = _static_analysis(flat, layouts, program)
     rewriter = Rewriter(module, flat.inputs, analysis.layouts)
     rewriter.apply(analysis.rewrites)
     module.graph.lint()
     module.recompile()
     sizes = (program.rows, program.rows if program.static_reason else 2 * program.rows)
-    facts = measure(module, flat.inputs, tensors, program.symbols, sizes)
-    file = GraphFile(
-        type(model).__name__,
-        module,
-        flat.inputs,
-        _named(model, names),
-        analysis,
-        facts,
-        program,
-        model,
-    )
+    try:
+        facts = measure(module, flat.inputs, tensors, program.symbols, sizes)
+    except OneBatchSizeError as failure:
+        reason = analysis.reason or str(failure)
+        return _captured(model, tensors, names, structure, rows, reason)
+    file = GraphFile(model, module, flat.inputs, names, analysis, facts, program)
     return Captured(
         graph_json=file.json(rows),
         module=module,
@@ -221,36 +227,30 @@ def _input_layouts(flat: Flattener, program: Program) -> dict[fx.Node, Layout]:
     }
 
 
-def _make_static(flat: Flattener, analysis: RowAnalysis, program: Program, rows: int) -> None:
+def _static_analysis(
+    flat: Flattener, layouts: dict[fx.Node, Layout], program: Program
+) -> RowAnalysis:
     """Says that the whole batch is needed at once; rows are told by sizes, where they show."""
-    analysis.reason = analysis.reason or program.static_reason
-    analysis.rewrites.clear()
-    given = dict(zip(flat.inputs, range(len(flat.inputs)), strict=True))
+    analysis = RowAnalysis(dict(layouts), reason=program.static_reason)
+    dependent = {node for node, layout in layouts.items() if layout is not NONE}
     for node in flat.graph.nodes:
-        if not is_value(node) or node.op == "get_attr":
+        if dependent.intersection(node.all_input_nodes):
+            dependent.add(node)
+        if not is_value(node) or node in layouts or node.op == "get_attr":
             continue
-        if node in given:
-            continue
-        reads = operator_of(node) or operator_of(node.args[0])
-        if reads is None or not _depends_on(node, program, given):
-            continue
-        shape = node.meta["val"].shape
-        outer = len(shape) > 0 and shape[0] == rows
-        analysis.layouts[node] = Split(0) if outer else WHOLE
+        shape = program.symbols.shape(node.meta["val"])
+        holds_rows = len(shape) > 0 and shape[0] in (ROWS, program.rows)
+        batch = Split(0) if holds_rows else WHOLE
+        analysis.layouts[node] = batch if node in dependent else NONE
+    return analysis
 
 
-def _depends_on(node: fx.Node, program: Program, given: dict[fx.Node, int]) -> bool:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        item = stack.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        if given.get(item, -1) in program.batch_inputs:
-            return True
-        stack.extend(item.all_input_nodes)
-    return False
+def _state_names(model: torch.nn.Module) -> dict[int, str]:
+    """The first name of each parameter and buffer, by its identity."""
+    names: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        names.setdefault(id(tensor), name)
+    return names
 
 
 def _state(module: fx.GraphModule) -> dict[str, torch.Tensor]:

@@ -6,12 +6,15 @@ happens when one of them fails. With a single process nothing is started at all.
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import itertools
 import os
 import queue
 import subprocess
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -22,6 +25,11 @@ import torch.distributed as dist
 from .errors import ExecutionError, RaNNCError
 
 _connections = itertools.count()
+_CHECK_SECONDS = 0.5
+
+
+class _StoppedError(RuntimeError):
+    """Ends a wait for what will not come; its message is another rank's failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,63 +145,88 @@ def get_world_size() -> int:
     return Launch.from_environment().world_size
 
 
-class _Reaper:
-    """Keeps what is being sent alive until it has arrived, and no longer.
+class _Waiter:
+    """Waits for messages in threads, so that the caller can notice meanwhile that another rank failed.
 
-    Gloo completes a send only inside ``wait()``, so a thread waits for them in order.
+    Gloo offers nothing but a blocking ``wait()`` that no other thread can end. One thread waits for what
+    the caller needs now, another for what was sent, in order, and keeps it alive until it has arrived.
     """
 
-    def __init__(self) -> None:
-        self._pending: queue.SimpleQueue[tuple[Any, torch.Tensor | None] | None] = (
-            queue.SimpleQueue()
-        )
-        self._failure: Exception | None = None
-        self._idle = threading.Condition()
-        self._outstanding = 0
-        self._thread = threading.Thread(target=self._reap, name="pyrannc-sends", daemon=True)
-        self._thread.start()
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+        self._needed: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
+        self._last_sent: Future[None] | None = None
+        self._failed_send: BaseException | None = None
+        for name, waiting in (("needed", self._needed), ("sent", self._sent)):
+            thread = threading.Thread(target=_wait_for_each, args=(waiting,), name=f"pyrannc-{name}")
+            thread.daemon = True
+            thread.start()
 
-    def add(self, work: Any, tensor: torch.Tensor) -> None:
-        with self._idle:
-            self._outstanding += 1
-        self._pending.put((work, tensor))
+    def wait(self, work: Any) -> None:
+        """Returns when ``work`` is done; raises what went wrong with it, or on another rank."""
+        done: Future[None] = Future()
+        self._needed.put((work, done))
+        self._until(done)
 
-    def _reap(self) -> None:
-        while (item := self._pending.get()) is not None:
-            try:
-                item[0].wait()
-            except Exception as error:  # noqa: BLE001 - handed to the waiting thread
-                self._failure = error
-            del item
-            with self._idle:
-                self._outstanding -= 1
-                self._idle.notify_all()
+    def keep(self, work: Any, tensor: torch.Tensor) -> None:
+        """Keeps a tensor alive until the send of it is done."""
+        done: Future[None] = Future()
+        done.add_done_callback(lambda done, tensor=tensor: self._note(done))  # type: ignore[misc]
+        self._sent.put((work, done))
+        self._last_sent = done
 
-    def wait(self) -> None:
-        """Returns when all that was sent has arrived.
-
-        Raises:
-            Exception: the first failure of a send.
-        """
-        with self._idle:
-            self._idle.wait_for(lambda: self._outstanding == 0)
-        if self._failure is not None:
-            raise self._failure
+    def wait_for_sends(self) -> None:
+        """Returns when all that was sent has arrived; raises as :meth:`wait` does."""
+        if self._last_sent is not None:
+            self._until(self._last_sent)
+            self._last_sent = None
+        if self._failed_send is not None:
+            raise self._failed_send
 
     def stop(self) -> None:
-        self._pending.put(None)
+        """Ends the threads once they have nothing to wait for."""
+        for waiting in (self._needed, self._sent):
+            waiting.put((None, Future()))
+
+    def _until(self, done: Future[None]) -> None:
+        while True:
+            try:
+                return done.result(_CHECK_SECONDS)
+            except FutureTimeoutError:
+                if done.done():
+                    raise
+                self._check()
+
+    def _note(self, done: Future[None]) -> None:
+        self._failed_send = self._failed_send or done.exception()
 
 
-@dataclass(slots=True)
+def _wait_for_each(waiting: queue.SimpleQueue[tuple[Any, Future[None]]]) -> None:
+    while True:
+        work, done = waiting.get()
+        if work is None:
+            return
+        try:
+            work.wait()
+        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        del work, done
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A receive that was posted: the tensor is valid after :meth:`wait`."""
 
     tensor: torch.Tensor
     work: Any
+    comm: Communicator
 
     def wait(self) -> torch.Tensor:
         """The tensor, once it is there."""
-        self.work.wait()
+        self.comm.wait(self.work)
         return self.tensor
 
 
@@ -214,7 +247,7 @@ class Communicator:
     timeout: timedelta
     _world: dist.ProcessGroup | None = None
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
-    _reaper: _Reaper | None = None
+    _waiter: _Waiter | None = None
     _failure_key: str = ""
     _failed: bool = False
 
@@ -228,8 +261,10 @@ class Communicator:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         # A group of our own: tearing it down on failure wakes the others and leaves the user's alone.
         world = dist.new_group(list(range(world_size)), timeout=timeout)
-        key = f"pyrannc/failure/{next(_connections)}"
-        return cls(rank, world_size, device, timeout, world, _reaper=_Reaper(), _failure_key=key)
+        comm = cls(rank, world_size, device, timeout, world)
+        comm._failure_key = f"pyrannc/failure/{next(_connections)}"
+        comm._waiter = _Waiter(comm.check_others)
+        return comm
 
     def create_groups(self, groups: list[list[int]]) -> None:
         """Makes the groups for later reductions. Collective, with the same list on every rank."""
@@ -242,13 +277,13 @@ class Communicator:
     def all_reduce(self, tensor: torch.Tensor, ranks: list[int] | None = None) -> torch.Tensor:
         """Sums ``tensor`` in place over ``ranks`` (default: all)."""
         if self.world_size > 1 and (ranks is None or len(ranks) > 1):
-            dist.all_reduce(tensor, group=self._group(ranks))
+            self.wait(dist.all_reduce(tensor, group=self._group(ranks), async_op=True))
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Overwrites ``tensor`` with that of rank ``source`` on every rank."""
         if self.world_size > 1:
-            dist.broadcast(tensor, source, group=self._world)
+            self.wait(dist.broadcast(tensor, source, group=self._world, async_op=True))
         return tensor
 
     def all_gather_row(self, numbers: list[int]) -> list[list[int]]:
@@ -257,7 +292,7 @@ class Communicator:
             return [numbers]
         row = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         rows = [torch.empty_like(row) for _ in range(self.world_size)]
-        dist.all_gather(rows, row, group=self._world)
+        self.wait(dist.all_gather(rows, row, group=self._world, async_op=True))
         return [gathered.tolist() for gathered in rows]
 
     def all_gather_objects(self, value: Any) -> list[Any]:
@@ -278,18 +313,37 @@ class Communicator:
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:
         """Starts sending a contiguous tensor and keeps it alive until it has arrived."""
-        assert self._reaper is not None
+        assert self._waiter is not None
         wire = _wire(tensor)
-        self._reaper.add(dist.isend(wire, peer, group=self._world), wire)
+        self._waiter.keep(dist.isend(wire, peer, group=self._world), wire)
 
     def receive(self, tensor: torch.Tensor, peer: int) -> Received:
         """Posts a receive into a contiguous tensor."""
-        return Received(tensor, dist.irecv(_wire(tensor), peer, group=self._world))
+        return Received(tensor, dist.irecv(_wire(tensor), peer, group=self._world), self)
+
+    def wait(self, work: Any) -> None:
+        """Returns when ``work`` is done.
+
+        Raises:
+            ExecutionError: when another rank announced its failure first.
+            RuntimeError: when the connection broke or timed out.
+        """
+        assert self._waiter is not None
+        if self.device.type == "cpu":
+            self._waiter.wait(work)
+        else:
+            work.wait()  # only orders the device's streams
+
+    def check_others(self) -> None:
+        """Raises the failure that another rank announced, if there is one."""
+        store = _default_store()
+        if store is not None and store.check([self._failure_key]):
+            raise _StoppedError(store.get(self._failure_key).decode())
 
     def finish_sends(self) -> None:
         """Returns when everything sent has arrived."""
-        if self._reaper is not None:
-            self._reaper.wait()
+        if self._waiter is not None:
+            self._waiter.wait_for_sends()
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
@@ -299,16 +353,35 @@ class Communicator:
         """Rank 0's copy of ``tensor`` as ``source`` holds it; a point-to-point transfer."""
         if source != 0:
             if self.rank == source:
-                dist.send(_wire(tensor.contiguous()), 0, group=self._world)
+                self.send(tensor.contiguous(), 0)
+                self.finish_sends()
             elif self.rank == 0:
-                dist.recv(_wire(tensor), source, group=self._world)
+                self.receive(tensor, source).wait()
         return tensor
 
-    def fail(self, error: Exception) -> Exception:
-        """Leaves because of ``error``, and returns what to raise: the first failure of any rank.
+    @contextlib.contextmanager
+    def guard(self, task: object, stage: int = -1) -> Iterator[None]:
+        """Turns a failure of the body into one of all ranks, named after ``task``.
 
-        Closing the connections makes every wait on this rank end at once; those that it wakes find the
-        first failure in the store, leave too, and so wake the next.
+        Raises:
+            ExecutionError: the first failure of any rank.
+        """
+        try:
+            yield
+        except Exception as error:
+            own = ExecutionError(
+                f"{type(error).__name__}: {error}",
+                rank=self.rank,
+                stage=None if stage < 0 else stage,
+                action=str(task),
+            )
+            raise self.fail(own) from error
+
+    def fail(self, error: Exception) -> Exception:
+        """Gives up because of ``error``, and returns what to raise: the first failure of any rank.
+
+        The others find it in the store when they wait for anything. The connections are left as they
+        are: closing one with messages under way would block until its timeout.
         """
         if self.world_size == 1:
             return error
@@ -317,22 +390,21 @@ class Communicator:
         if store is not None and not self._failed:
             first = _put_once(store, self._failure_key, first)
         self._failed = True
-        self.close()
         if first == str(error):
             return error
         return ExecutionError(f"rank {self.rank} stopped because another rank failed: {first}")
 
     def close(self) -> None:
         """Closes the connections that were opened here; the default process group stays."""
-        if self._reaper is not None:
-            self._reaper.stop()
-            self._reaper = None
+        if self._waiter is not None:
+            self._waiter.stop()
+            self._waiter = None
         for group in [*self._groups.values(), self._world]:
-            if group is not None and dist.is_initialized():
+            if group is not None and dist.is_initialized() and not self._failed:
                 dist.destroy_process_group(group)
         self._groups.clear()
-        self._world = None
-        gc.collect()
+        if not self._failed:
+            self._world = None
 
     def _group(self, ranks: list[int] | None) -> dist.ProcessGroup | None:
         if ranks is None or len(ranks) == self.world_size:

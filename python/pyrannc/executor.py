@@ -84,23 +84,19 @@ class Executor:
             ExecutionError: naming this rank and the action; the other ranks stop as well.
         """
         for action in actions:
-            try:
+            with self.comm.guard(action, stage=action.stage):
                 self._run(action, step)
-            except Exception as error:
-                raise self._explain(error, action) from error
-        try:
+        with self.comm.guard("waiting for the arrival of what was sent"):
             self.comm.finish_sends()
-        except Exception as error:
-            raise self._explain(error, None) from error
 
-    def _explain(self, error: Exception, action: Action | None) -> Exception:
-        own = ExecutionError(
-            f"{type(error).__name__}: {error}",
-            rank=self.comm.rank,
-            stage=None if action is None or action.stage < 0 else action.stage,
-            action="sending" if action is None else str(action),
-        )
-        return self.comm.fail(own)
+    def collect(self, step: Step, slot: Slot) -> torch.Tensor | None:
+        """The tensor of one of the model's own slots once it is complete; `None` without any piece.
+
+        Raises:
+            ExecutionError: as in :meth:`run`.
+        """
+        with self.comm.guard(f"receiving {slot}"):
+            return self._take(step, slot)
 
     def _run(self, action: Action, step: Step) -> None:
         match action.kind:
@@ -126,7 +122,7 @@ class Executor:
         inputs: dict[int, torch.Tensor] = {}
         leaves: dict[int, torch.Tensor] = {}
         for value in stage.inputs:
-            tensor = self._take(step, action.value_slot(value), action.rows)
+            tensor = self._take_or_zeros(step, action.value_slot(value), action.rows)
             if step.training and self.values[value].requires_grad:
                 tensor = tensor.detach().requires_grad_()
                 leaves[value] = tensor
@@ -145,7 +141,7 @@ class Executor:
         state = step._in_flight.pop((action.stage, action.microbatch))  # noqa: SLF001
         roots, seeds = [], []
         for value, root in state.roots.items():
-            seed = self.take(step, action.gradient_slot(value))
+            seed = self._take(step, action.gradient_slot(value))
             if seed is not None:
                 roots.append(root)
                 seeds.append(seed)
@@ -223,8 +219,7 @@ class Executor:
             self._deposit(step, slot, piece.received.wait(), piece.rows, piece.total)
         return step.slots.get(slot)
 
-    def take(self, step: Step, slot: Slot) -> torch.Tensor | None:
-        """The tensor of a slot once all its pieces are there, and nothing else keeps it; or `None`."""
+    def _take(self, step: Step, slot: Slot) -> torch.Tensor | None:
         tensor = self._assembled(step, slot)
         self._drop(step, slot)
         return tensor
@@ -233,8 +228,8 @@ class Executor:
         step.slots.pop(slot, None)
         step._owned.discard(slot)  # noqa: SLF001
 
-    def _take(self, step: Step, slot: Slot, rows: int) -> torch.Tensor:
-        tensor = self.take(step, slot)
+    def _take_or_zeros(self, step: Step, slot: Slot, rows: int) -> torch.Tensor:
+        tensor = self._take(step, slot)
         if tensor is None:  # a sum that nobody contributed to
             tensor = _slices.zeros(self.values[slot.value], rows, self.comm.device)
         return tensor

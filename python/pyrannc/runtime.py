@@ -165,12 +165,8 @@ class Runtime:
         training = torch.is_grad_enabled()
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
         header = [digest, int(self.model.training), int(training), rows, int(problem is not None)]
-        try:
+        with self.comm.guard("comparing the calls of all ranks"):
             headers = self.comm.all_gather_row(header)
-        except Exception as error:
-            raise self.comm.fail(
-                ExecutionError(f"the other ranks cannot be reached: {error}", rank=self.comm.rank)
-            ) from error
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
@@ -297,7 +293,8 @@ class Runtime:
             local = torch.stack([count(inputs).to(torch.float64).reshape(()) for count in counts])
         else:
             local = torch.zeros(len(counts), dtype=torch.float64, device=self.comm.device)
-        return list(self.comm.all_reduce(local).unbind())
+        with self.comm.guard("adding up the denominators of the loss"):
+            return list(self.comm.all_reduce(local).unbind())
 
     def _seed_with_ones(self, variant: _Variant, step: Step) -> None:
         for value in set(variant.graph.outputs):
@@ -310,7 +307,7 @@ class Runtime:
         found: dict[int, torch.Tensor] = {}
         inputs = set(variant.graph.inputs)
         for value in set(variant.graph.outputs):
-            tensor = variant.executor.take(step, Slot.sink(value))
+            tensor = variant.executor.collect(step, Slot.sink(value))
             if tensor is None:
                 tensor = _slices.zeros(variant.executor.values[value], 0, self.comm.device)
             found[value] = tensor.clone() if value in inputs else tensor
@@ -403,7 +400,7 @@ class _Finish:
         info = self.variant.executor.values[value]
         if not info.requires_grad:
             return None
-        gradient = self.variant.executor.take(self.step, Slot.source(value, gradient=True))
+        gradient = self.variant.executor.collect(self.step, Slot.source(value, gradient=True))
         if gradient is None:
             rank = self.runtime.comm.rank
             return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)

@@ -1,7 +1,7 @@
 """Groups of processes that stay up between tests.
 
 Importing torch takes seconds, so the processes of a pool are started once and then run one function after
-another. A pool whose processes failed or hung is thrown away; the next test gets a new one.
+another. A pool that hung, or failed where it should not have, is thrown away; the next test gets a new one.
 """
 
 from __future__ import annotations
@@ -94,10 +94,7 @@ class Pools:
         pool = self._pools.get(world_size)
         if pool is None or not pool.alive:
             pool = self._pools[world_size] = Pool(world_size)
-        outcomes = pool.outcomes_of(function, args, seconds)
-        if any(isinstance(outcome, Failure) for outcome in outcomes):
-            pool.close()
-        return outcomes
+        return pool.outcomes_of(function, args, seconds)
 
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 50
@@ -109,6 +106,8 @@ class Pools:
             for rank, outcome in enumerate(outcomes)
             if isinstance(outcome, Failure)
         ]
+        if failures:
+            self._pools[world_size].close()
         assert not failures, "\n".join(failures)
         return outcomes
 

@@ -71,7 +71,7 @@ def test_different_models_are_found(pools: Pools) -> None:
 
 
 def different_shapes() -> None:
-    run(nn.Tanh(), torch.randn(4, 3 + pyrannc.get_rank()))
+    run(nn.PReLU(), torch.randn(4, 3 + pyrannc.get_rank()))
 
 
 def test_different_shapes_are_shown_by_rank(pools: Pools) -> None:
@@ -186,18 +186,22 @@ fragile.register_autograd(lambda context, gradient: gradient)
 
 
 def fail_inside(failing: int, stages: int) -> None:
-    os.environ["FRAGILE_RANK"] = str(failing)
+    os.environ.pop("FRAGILE_RANK", None)
     config = pyrannc.Config(
         partition_num=stages, pipeline_num=2, measure=False, profile_cache_dir="off", timeout_s=25
     )
-    run(Fragile(), torch.randn(4, 4), config=config)
+    wrapped = pyrannc.RaNNCModule(Fragile(), config=config)
+    x = torch.randn(4, 4)
+    wrapped(x).pow(2).mean().backward()
+    os.environ["FRAGILE_RANK"] = str(failing)
+    wrapped(x)
 
 
 @pytest.mark.parametrize("failing", [0, 1, 3])
 def test_an_exception_in_one_stage_stops_every_rank(pools: Pools, failing: int) -> None:
     stopped = failures(pools, fail_inside, failing, 4, world=4)
     for rank, failure in enumerate(stopped):
-        assert failure.kind == "ExecutionError"
+        assert failure.kind == "ExecutionError", failure.trace
         assert f"rank {failing}, stage {failing}, action" in failure.message
         assert "this rank has had enough" in failure.message
         assert (rank == failing) or "another rank failed" in failure.message

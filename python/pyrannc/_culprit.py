@@ -74,7 +74,7 @@ class Sites:
 
     def add_function(self, function: type) -> None:
         """Makes all calls of a custom `autograd.Function` opaque."""
-        self._functions[function] = Site(function.__qualname__, function.apply)
+        self._functions[function] = Site(function.__qualname__, getattr(function, "apply"))  # noqa: B009
 
     def add_module(self, culprit: torch.nn.Module | None) -> None:
         """Makes a submodule opaque, or the smallest one around it that is not yet."""
@@ -170,12 +170,11 @@ def _custom_backwards(leads: dict[type, Callable[..., Any]], *, refuse: bool) ->
             raise CustomBackward(cls)
         return original.__get__(None, cls)(*args, **kwargs)
 
-    patched = classmethod(apply)
-    torch.autograd.Function.apply = patched  # type: ignore[assignment]
+    setattr(torch.autograd.Function, "apply", classmethod(apply))  # noqa: B010
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        setattr(torch.autograd.Function, "apply", original)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.export import Dim
@@ -216,10 +216,10 @@ def _innermost_name(running: list[torch.nn.Module]) -> str:
 def _unknown_sizes(module: fx.GraphModule) -> list[str]:
     """Paths of the submodules that make tensors whose sizes depend on what tensors hold."""
     symbols = set(_batch_symbols(module).values())
-    paths = []
+    paths: list[str] = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        sizes = [size for t in _tensors(value) for size in t.shape]
+        sizes: list[Any] = [size for t in _tensors(value) for size in t.shape]
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             sizes.append(value)
         for item in sizes:

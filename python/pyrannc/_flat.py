@@ -16,7 +16,7 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -135,6 +135,11 @@ def outputs_of(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is operator.getitem]
 
 
+def positional(node: fx.Node) -> list[Any]:
+    """A node's positional arguments, of whatever types they are."""
+    return list(node.args)
+
+
 def tensors_read(node: fx.Node) -> list[fx.Node]:
     """The tensors that an operator reads, in argument order, each once."""
     return [argument for argument in node.all_input_nodes if is_value(argument)]
@@ -142,22 +147,21 @@ def tensors_read(node: fx.Node) -> list[fx.Node]:
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The tensors among an operator's arguments that it writes to."""
-    found = operator_of(node)
+    found, args = operator_of(node), positional(node)
     if found is not None and isinstance(found.target, Opaque):
-        passed = [*node.args[0], *node.args[1]]
-        return [passed[position] for position in found.target.written]
+        given = [*args[0], *args[1]]
+        return [given[position] for position in found.target.written]
     if found is None or not isinstance(found.target, torch._ops.OpOverload):
         return []
     written: list[fx.Node] = []
     schema = found.target._schema
     for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            passed = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            passed = args[index] if index < len(args) else node.kwargs.get(argument.name)
             fx.map_arg(passed, written.append)
-    if found.packet == "aten.batch_norm" and node.args[5]:
-        written += [node.args[i] for i in (3, 4) if isinstance(node.args[i], fx.Node)]
-    if found.packet == "aten.instance_norm" and node.args[5]:
-        written += [node.args[i] for i in (3, 4) if isinstance(node.args[i], fx.Node)]
+    # Their schemas do not tell that they keep running statistics.
+    if found.packet in ("aten.batch_norm", "aten.instance_norm") and args[5]:
+        written += [args[i] for i in (3, 4) if isinstance(args[i], fx.Node)]
     return written
 
 
@@ -206,30 +210,29 @@ class Flattener:
     def _inline(self, source: fx.GraphModule, known: dict[fx.Node, Any], scope: Scope) -> list[Any]:
         outside: dict[fx.Node, Scope] = {}
         for node in source.graph.nodes:
-            name = getattr(node.target, "__name__", "")
+            name, args = getattr(node.target, "__name__", ""), positional(node)
             if node.op == "get_attr":
                 known[node] = self._attribute(source, str(node.target), node)
             elif name == "_set_grad_enabled":
-                scope = scope.enter_grad(bool(node.args[0]))
+                scope = scope.enter_grad(bool(args[0]))
             elif name == "_enter_autocast":
                 outside[node] = scope
-                scope = scope.enter_autocast(*node.args[:3])
+                scope = scope.enter_autocast(*args[:3])
             elif name == "_exit_autocast":
-                scope = Scope(scope.grad, outside[node.args[0]].autocast)
+                scope = Scope(scope.grad, outside[args[0]].autocast)
             elif node.op == "call_function":
                 self._call(node, known, scope)
             elif node.op == "output":
-                results = node.args[0]
-                results = results if isinstance(results, (tuple, list)) else [results]
+                results = args[0] if isinstance(args[0], (tuple, list)) else args
                 return [self._argument(result, known) for result in results]
         return []
 
     def _call(self, node: fx.Node, known: dict[fx.Node, Any], scope: Scope) -> None:
-        name = getattr(node.target, "__name__", "")
+        name, args = getattr(node.target, "__name__", ""), positional(node)
         if name in (_GRAD_REGION, _AUTOCAST_REGION):
             num_settings = 1 if name == _GRAD_REGION else 4
-            settings, region = node.args[:num_settings], known[node.args[num_settings]]
-            passed = [self._argument(item, known) for item in node.args[num_settings + 1 :]]
+            settings, region = args[:num_settings], known[args[num_settings]]
+            passed = [self._argument(item, known) for item in args[num_settings + 1 :]]
             inner = (
                 scope.enter_grad(settings[0])
                 if name == _GRAD_REGION
@@ -241,8 +244,8 @@ class Flattener:
         value = node.meta.get("val")
         if _is_number(value):
             known[node] = self._symbols.expression(value)
-        elif node.target is operator.getitem and isinstance(known[node.args[0]], (tuple, list)):
-            known[node] = known[node.args[0]][node.args[1]]
+        elif node.target is operator.getitem and isinstance(known[args[0]], (tuple, list)):
+            known[node] = known[args[0]][args[1]]
         elif value is None and any(mark in str(node.target) for mark in _ASSERTIONS):
             known[node] = None
         else:
@@ -260,7 +263,7 @@ class Flattener:
             return same
         if same is not None:
             args = same
-        target = aten.squeeze.dims if same is not None else node.target
+        target: Any = aten.squeeze.dims if same is not None else node.target
         if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
             target = self._opaque_calls[target._schema.name.partition("::")[2]]
         return self.add_operator(
@@ -300,7 +303,8 @@ class Flattener:
             return None
         sizes = self._symbols.shape(args[0].meta["val"])
         if node.target is aten.slice.Tensor:
-            dim, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+            given = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
+            dim, start, stop, step = given
             ends = stop is None or (isinstance(stop, int) and stop >= 2**31) or stop == sizes[dim]
             return args[0] if start in (None, 0) and ends and step == 1 else None
         if node.target is aten.squeeze.default:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ._flat import Operator, is_value, operator_of, outputs_of, tensors_read
+from ._flat import Operator, is_value, operator_of, outputs_of, positional, tensors_read
 from ._layout import NONE, WHOLE, Layout, Split, in_json
 from ._rows import RowAnalysis, getattr_path, is_random
 from ._sizes import affine
@@ -59,7 +59,7 @@ class GraphFile:
             what = operator_of(node)
             if what is not None:
                 self._add_operator(node, what)
-        self._outputs = list(module.graph.output_node().args[0])
+        self._outputs = list(positional(module.graph.output_node())[0])
 
     def json(self, rows: int) -> str:
         """The file's text for a batch that had `rows` rows."""

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ._cut import cut
-from ._flat import Operator, Scope, Scoped, operator_of
+from ._flat import Operator, Scope, Scoped, operator_of, positional
 from ._layout import NONE, SUM, Layout, MixesRows, Split, merge, placed
 
 if TYPE_CHECKING:
@@ -239,8 +239,9 @@ class Rewriter:
         """`sum + c` to `sum + share * c`, with `c` as the factor of the added number."""
         what = operator_of(node)
         assert what is not None
-        alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
-        first, second = node.args[:2]
+        args, keywords = positional(node), dict[str, Any](node.kwargs)
+        alpha = keywords.get("alpha", args[2] if len(args) > 2 else 1)
+        first, second = args[:2]
         subtracts = what.packet in ("aten.sub", "aten.subtract")
         if what.packet == "aten.rsub":
             first, second, alpha, subtracts = second, first, alpha, True
@@ -273,7 +274,7 @@ class Rewriter:
             finish,
             node.meta["val"].detach().to(dtype),
         )
-        index = [argument.name for argument in what.target._schema.arguments].index("reduction")
+        index = _argument_names(what).index("reduction")
         if index < len(node.args):
             node.update_arg(index, _SUM)
         else:
@@ -316,10 +317,16 @@ class Rewriter:
 
 
 def _bound_arguments(node: fx.Node, what: Operator) -> dict[str, Any]:
+    assert isinstance(what.target, torch._ops.OpOverload)
     bound = {
         argument.name: argument.default_value
         for argument in what.target._schema.arguments
         if argument.has_default_value()
     }
-    names = [argument.name for argument in what.target._schema.arguments]
-    return {**bound, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    named = dict(zip(_argument_names(what), positional(node), strict=False))
+    return {**bound, **named, **node.kwargs}
+
+
+def _argument_names(what: Operator) -> list[str]:
+    assert isinstance(what.target, torch._ops.OpOverload)
+    return [argument.name for argument in what.target._schema.arguments]

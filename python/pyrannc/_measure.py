@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
-from ._flat import is_value, operator_of, outputs_of, tensors_read, written_arguments
+from ._flat import Scope, Scoped, is_value, operator_of, outputs_of, tensors_read, written_arguments
 from ._opaque import FlopCounter, Opaque, SavedStorages
 from ._sizes import Affine, Symbols, at, fit
 
@@ -159,20 +159,20 @@ def _auxiliary(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any],
         return rows if node.name == "rows" else 1.0
     if node.op == "get_attr":
         return _attribute(module, str(node.target))
-    return node.target(*fx.map_arg(node.args, known.__getitem__))
+    function: Any = node.target
+    return function(*fx.map_arg(node.args, known.__getitem__))
 
 
 def _operator(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], run: _Run) -> None:
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
     read = tensors_read(node)
     versions = {argument: known[argument]._version for argument in read}
-    target = node.target
+    target: Any = node.target
     if node.op == "call_module":
         target = module.get_submodule(str(node.target))
-        what = operator_of(node)
-        assert what is not None
-        if isinstance(what.target, Opaque):
-            target = what.target.without_data
+    what = operator_of(node)
+    if what is not None and isinstance(what.target, Opaque):
+        target = Scoped(what.target.without_data, what.scope or Scope())
     result = target(*args, **kwargs)
     known[node] = result
     storages = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ._flat import positional
 from ._layout import NONE, Layout, MixesRows, Split, placed
 from ._sizes import at
 
@@ -57,7 +58,7 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
         MixesRows: when it is not row-wise.
     """
     seen = target.runs[0]
-    nodes = list(call.node.args[0])
+    nodes = list(positional(call.node)[0])
     whole = dict(zip(nodes, seen.inputs, strict=True))
     singles = [(row, row + 1) for row in range(min(seen.rows, _MAX_SINGLE_ROWS))]
     parts = (*singles, (0, seen.rows // 2), (seen.rows // 2, seen.rows))
@@ -67,7 +68,7 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             results = target(given, target.site.state)
-        return [results[int(output.args[1])] for output in call.outputs]
+        return [results[positional(output)[1]] for output in call.outputs]
 
     with target.site.undisturbed():
         return tried(call, whole, run, parts)
@@ -145,7 +146,7 @@ def _rows_of(value: torch.Tensor, layout: Layout, part: tuple[int, int]) -> torc
     if layout is NONE or not isinstance(layout, Split):
         return value
     unfolded = value.unflatten(layout.dim, (layout.outer, -1, layout.inner))
-    rows = unfolded.narrow(layout.dim + 1, part[0], part[1] - part[0])
+    rows: torch.Tensor = unfolded.narrow(layout.dim + 1, part[0], part[1] - part[0])
     return rows.flatten(layout.dim, layout.dim + 2)
 
 

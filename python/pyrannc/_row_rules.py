@@ -264,7 +264,7 @@ def _elementwise(call: Call) -> list[Layout]:
     if source.content is Content.INDEX and call.operator.packet not in _INDEX_KEEPING:
         raise MixesRows("computes with the numbers of the rows")
     if call.operator.packet in ("aten.view_as_complex", "aten.view_as_real"):
-        source = call.layout(call["self"])
+        return _move(call)
     return kept(call, source)
 
 

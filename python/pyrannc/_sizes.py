@@ -11,7 +11,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 

@@ -144,7 +144,7 @@ class _Kind:
         self.made_by = made_by
 
 
-def _without_items(mapping: Mapping[Any, Any]) -> Any:
+def _without_items(mapping: Any) -> Any:
     if dataclasses.is_dataclass(mapping) or not hasattr(mapping, "clear"):
         return _Kind(type(mapping))
     empty = copy.copy(mapping)

@@ -108,6 +108,9 @@ def capture(
     tensors, paths, structure = flatten((tuple(args), kwargs or {}))
     names = _named(model, paths)
     rows = batch_rows_hint or batch_size(tensors)
+    if rows == 0:
+        message = "the batch is empty, and a model is captured with its first"
+        raise CaptureError(message, "pass at least one row the first time")
     return _captured(model, tensors, names, structure, rows)
 
 
@@ -160,8 +163,6 @@ def batch_size(tensors: list[torch.Tensor]) -> int:
     """The first dimension of the first tensor that has one."""
     for tensor in tensors:
         if tensor.dim() > 0:
-            if tensor.shape[0] == 0:
-                raise CaptureError("the batch is empty", "pass at least one row")
             return int(tensor.shape[0])
     if not tensors:
         raise CaptureError("the model is called without any tensor")

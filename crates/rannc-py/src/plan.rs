@@ -43,10 +43,10 @@ pub(crate) struct PlacedStage {
 
 /// Plans a deployment.
 ///
-/// The costs are those of `profile_json`, or, without one, estimated for the cluster's devices.
+/// `cluster` is a cluster's JSON, or a preset as `kind:nodesxdevices`: `a100-40gb:1x8`. The costs are those of `profile_json`, or, without one, estimated for the cluster's devices.
 #[pyfunction]
 #[pyo3(signature = (
-    graph, cluster_json, *, profile_json = None, batch_size, optimizer_state_factor = 2.0,
+    graph, cluster, *, profile_json = None, batch_size, optimizer_state_factor = 2.0,
     partition_num = 0, replica_num = 0, pipeline_num = 0, min_pipeline = 1, max_pipeline = 32,
     max_partition_num = 32, mem_limit_gb = 0.0, mem_margin = 0.1, schedule = "auto",
 ))]
@@ -54,7 +54,7 @@ pub(crate) struct PlacedStage {
 pub(crate) fn plan(
     py: Python<'_>,
     graph: &Graph,
-    cluster_json: &str,
+    cluster: &str,
     profile_json: Option<&str>,
     batch_size: u64,
     optimizer_state_factor: f64,
@@ -68,7 +68,12 @@ pub(crate) fn plan(
     mem_margin: f64,
     schedule: &str,
 ) -> PyResult<Plan> {
-    let cluster = Cluster::from_json(cluster_json).map_err(raise_cost)?;
+    let cluster = if cluster.trim_start().starts_with('{') {
+        Cluster::from_json(cluster)
+    } else {
+        Cluster::parse(cluster)
+    }
+    .map_err(raise_cost)?;
     let profile = profile_json.map(Profile::from_json).transpose().map_err(raise_cost)?;
     let schedules = match schedule {
         "auto" => vec![ScheduleKind::FillDrain, ScheduleKind::OneForwardOneBackward],

@@ -64,7 +64,6 @@ def test_importing_starts_nothing() -> None:
     code = "import pyrannc, torch, threading; print(torch.distributed.is_initialized(), threading.active_count())"
     environment = {**ENVIRONMENTS["torchrun"]}
     command = [sys.executable, "-c", code]
-    import os
 
     result = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **environment}

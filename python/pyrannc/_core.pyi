@@ -15,7 +15,7 @@ class Action:
     """
     def __repr__(self, /) -> str: ...
     def __str__(self, /) -> str: ...
-    def gradient_slot(self, /, value: SupportsIndex) -> Slot | None:
+    def gradient_slot(self, /, value: SupportsIndex) -> Slot:
         """
         The slot that holds the gradient of such a value.
         """
@@ -51,9 +51,11 @@ class Action:
         How many rows it computes; 0 for other kinds.
         """
     @property
-    def slot(self, /) -> Slot | None:
+    def slot(self, /) -> Slot:
         """
         The slot that it sends from, receives into, copies from or reduces.
+
+        An `AttributeError` for other kinds.
         """
     @property
     def slot_rows(self, /) -> tuple[int, int] | None:
@@ -71,18 +73,20 @@ class Action:
         The rows of `to_slot`.
         """
     @property
-    def to_slot(self, /) -> Slot | None:
+    def to_slot(self, /) -> Slot:
         """
-        The slot that it copies to.
+        The slot that it copies to; an `AttributeError` for other kinds.
         """
     @property
     def total(self, /) -> int:
         """
         Rows of the full slot that is received or copied into.
         """
-    def value_slot(self, /, value: SupportsIndex) -> Slot | None:
+    def value_slot(self, /, value: SupportsIndex) -> Slot:
         """
         The slot that holds a value of the stage and microbatch that it runs.
+
+        A `ValueError` if it runs no stage.
         """
 
 @final

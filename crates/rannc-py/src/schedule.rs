@@ -1,5 +1,6 @@
 //! `Slot`, `Action` and `Program`.
 
+use pyo3::exceptions::{PyAttributeError, PyValueError};
 use pyo3::prelude::*;
 use rannc_schedule::{Pass, Place, RowRange, StageId};
 
@@ -109,8 +110,10 @@ impl Action {
     }
 
     /// The slot that it sends from, receives into, copies from or reduces.
+    ///
+    /// An `AttributeError` for other kinds.
     #[getter]
-    fn slot(&self) -> Option<Slot> {
+    fn slot(&self) -> PyResult<Slot> {
         use rannc_schedule::Action as A;
         let slot = match self.action {
             A::Send { slot, .. } | A::Recv { slot, .. } => slot,
@@ -118,9 +121,11 @@ impl Action {
             A::ReduceOutput { value } => {
                 rannc_schedule::Slot::new(Place::Sink, 0, value, Pass::Forward)
             }
-            A::Forward { .. } | A::Backward { .. } | A::ReduceGradients { .. } => return None,
+            A::Forward { .. } | A::Backward { .. } | A::ReduceGradients { .. } => {
+                return Err(self.lacks("slot"));
+            }
         };
-        Some(Slot { slot })
+        Ok(Slot { slot })
     }
 
     /// First and last-but-one row of `slot`; none for tensors that have no rows.
@@ -134,12 +139,12 @@ impl Action {
         }
     }
 
-    /// The slot that it copies to.
+    /// The slot that it copies to; an `AttributeError` for other kinds.
     #[getter]
-    fn to_slot(&self) -> Option<Slot> {
+    fn to_slot(&self) -> PyResult<Slot> {
         match self.action {
-            rannc_schedule::Action::Copy { to, .. } => Some(Slot { slot: to }),
-            _ => None,
+            rannc_schedule::Action::Copy { to, .. } => Ok(Slot { slot: to }),
+            _ => Err(self.lacks("slot to copy to")),
         }
     }
 
@@ -192,12 +197,14 @@ impl Action {
     }
 
     /// The slot that holds a value of the stage and microbatch that it runs.
-    fn value_slot(&self, value: u32) -> Option<Slot> {
+    ///
+    /// A `ValueError` if it runs no stage.
+    fn value_slot(&self, value: u32) -> PyResult<Slot> {
         self.own_slot(value, Pass::Forward)
     }
 
     /// The slot that holds the gradient of such a value.
-    fn gradient_slot(&self, value: u32) -> Option<Slot> {
+    fn gradient_slot(&self, value: u32) -> PyResult<Slot> {
         self.own_slot(value, Pass::Backward)
     }
 
@@ -221,10 +228,16 @@ impl Action {
         }
     }
 
-    fn own_slot(&self, value: u32, pass: Pass) -> Option<Slot> {
-        self.computed().map(|(stage, microbatch, _)| Slot {
-            slot: rannc_schedule::Slot::new(Place::Stage(stage), microbatch, value, pass),
-        })
+    fn own_slot(&self, value: u32, pass: Pass) -> PyResult<Slot> {
+        let (stage, microbatch, _) = self.computed().ok_or_else(|| {
+            PyValueError::new_err(format!("the action `{}` runs no stage", self.action))
+        })?;
+        let place = Place::Stage(stage);
+        Ok(Slot { slot: rannc_schedule::Slot::new(place, microbatch, value, pass) })
+    }
+
+    fn lacks(&self, what: &str) -> PyErr {
+        PyAttributeError::new_err(format!("the action `{}` has no {what}", self.action))
     }
 }
 

@@ -2,8 +2,8 @@
 
     model = pyrannc.RaNNCModule(model, optimizer)
 
-Importing starts nothing: processes are joined when the first model is wrapped, and planning waits for its
-first batch.
+Importing starts nothing: processes are joined when the first model is wrapped, and planning waits
+for its first batch.
 """
 
 from .config import Config

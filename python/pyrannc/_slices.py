@@ -19,10 +19,10 @@ def num_rows(tensor: torch.Tensor, value: ValueInfo) -> int:
 
 
 def rows_of(tensor: torch.Tensor, value: ValueInfo, start: int, stop: int) -> torch.Tensor:
-    """A view of rows ``start`` to ``stop``: with their dimension unfolded when they lie scattered."""
+    """A view of rows ``start`` to ``stop``, their dimension unfolded when they lie scattered."""
     if value.outer == 1:
         return tensor.narrow(value.dim, start * value.inner, (stop - start) * value.inner)
-    unfolded = tensor.unflatten(value.dim, (value.outer, -1, value.inner))
+    unfolded: torch.Tensor = tensor.unflatten(value.dim, (value.outer, -1, value.inner))
     return unfolded.narrow(value.dim + 1, start, stop - start)
 
 

@@ -1,7 +1,7 @@
 """Processes and the messages between them, on ``torch.distributed``.
 
-A :class:`Communicator` is one process's view of all processes: its rank, the groups it shares, and what
-happens when one of them fails. With a single process nothing is started at all.
+A :class:`Communicator` is one process's view of all processes: its rank, the groups it shares, and
+what happens when one of them fails. With a single process nothing is started at all.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import os
 import queue
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
 from .errors import ExecutionError, RaNNCError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from datetime import timedelta
+
+    from torch._C._distributed_c10d import Store
 
 _connections = itertools.count()
 _CHECK_SECONDS = 0.5
@@ -85,7 +89,7 @@ def _first_host(env: dict[str, str]) -> str:
     if "[" not in nodes:
         return nodes.split(",")[0]
     command = ["scontrol", "show", "hostnames", nodes]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode != 0 or not found.stdout.split():
         raise RaNNCError(
             f"cannot tell the first host of `{nodes}`: `scontrol show hostnames` failed; "
@@ -113,7 +117,7 @@ def default_device() -> torch.device:
 
 
 def ensure_process_group(timeout: timedelta) -> None:
-    """Joins the default process group if the launcher started several processes and nobody has yet."""
+    """Joins the default process group if there are several processes and nobody has yet."""
     launch = Launch.from_environment()
     if dist.is_initialized() or launch.world_size == 1:
         return
@@ -146,10 +150,11 @@ def get_world_size() -> int:
 
 
 class _Waiter:
-    """Waits for messages in threads, so that the caller can notice meanwhile that another rank failed.
+    """Waits for messages in threads, so that the caller can notice another rank's failure.
 
-    Gloo offers nothing but a blocking ``wait()`` that no other thread can end. One thread waits for what
-    the caller needs now, another for what was sent, in order, and keeps it alive until it has arrived.
+    Gloo offers nothing but a blocking ``wait()`` that no other thread can end. One thread waits for
+    what the caller needs now, another for what was sent, in order, and keeps it alive until it has
+    arrived.
     """
 
     def __init__(self, check: Callable[[], None]) -> None:
@@ -159,7 +164,9 @@ class _Waiter:
         self._last_sent: Future[None] | None = None
         self._failed_send: BaseException | None = None
         for name, waiting in (("needed", self._needed), ("sent", self._sent)):
-            thread = threading.Thread(target=_wait_for_each, args=(waiting,), name=f"pyrannc-{name}")
+            thread = threading.Thread(
+                target=_wait_for_each, args=(waiting,), name=f"pyrannc-{name}"
+            )
             thread.daemon = True
             thread.start()
 
@@ -172,7 +179,7 @@ class _Waiter:
     def keep(self, work: Any, tensor: torch.Tensor) -> None:
         """Keeps a tensor alive until the send of it is done."""
         done: Future[None] = Future()
-        done.add_done_callback(lambda done, tensor=tensor: self._note(done))  # type: ignore[misc]
+        done.add_done_callback(lambda done, _kept=tensor: self._note(done))  # type: ignore[misc]
         self._sent.put((work, done))
         self._last_sent = done
 
@@ -209,7 +216,7 @@ def _wait_for_each(waiting: queue.SimpleQueue[tuple[Any, Future[None]]]) -> None
             return
         try:
             work.wait()
-        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+        except BaseException as error:  # raised where the caller waits
             done.set_exception(error)
         else:
             done.set_result(None)
@@ -259,8 +266,9 @@ class Communicator:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls(0, 1, device, timeout)
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        # A group of our own: tearing it down on failure wakes the others and leaves the user's alone.
-        world = dist.new_group(list(range(world_size)), timeout=timeout)
+        # A group of our own: tearing it down on failure wakes the others and leaves the
+        # user's alone.
+        world = _new_group(list(range(world_size)), timeout)
         comm = cls(rank, world_size, device, timeout, world)
         comm._failure_key = f"pyrannc/failure/{next(_connections)}"
         comm._waiter = _Waiter(comm.check_others)
@@ -272,7 +280,7 @@ class Communicator:
             key = tuple(ranks)
             if len(ranks) == self.world_size or len(ranks) == 1 or key in self._groups:
                 continue
-            self._groups[key] = dist.new_group(ranks, timeout=self.timeout)
+            self._groups[key] = _new_group(ranks, self.timeout)
 
     def all_reduce(self, tensor: torch.Tensor, ranks: list[int] | None = None) -> torch.Tensor:
         """Sums ``tensor`` in place over ``ranks`` (default: all)."""
@@ -380,8 +388,8 @@ class Communicator:
     def fail(self, error: Exception) -> Exception:
         """Gives up because of ``error``, and returns what to raise: the first failure of any rank.
 
-        The others find it in the store when they wait for anything. The connections are left as they
-        are: closing one with messages under way would block until its timeout.
+        The others find it in the store when they wait for anything. The connections are left as
+        they are: closing one with messages under way would block until its timeout.
         """
         if self.world_size == 1:
             return error
@@ -412,21 +420,27 @@ class Communicator:
         return self._groups[tuple(ranks)]
 
 
+def _new_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
+    # A rank outside of the group gets a token instead, over which it sends nothing.
+    return cast("dist.ProcessGroup", dist.new_group(ranks, timeout=timeout))
+
+
 def _wire(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory in a type that every backend can carry."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
-def _default_store() -> dist.Store | None:
+def _default_store() -> Store | None:
     try:
-        return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - no public accessor exists
+        return dist.distributed_c10d._get_default_store()  # no public accessor exists
     except (ValueError, RuntimeError):
         return None
 
 
-def _put_once(store: dist.Store, key: str, text: str) -> str:
+def _put_once(store: Store, key: str, text: str) -> str:
     """Puts ``text`` under ``key`` unless something is there, and returns what is there then."""
     try:
-        return store.compare_set(key, "", text).decode()
+        held: bytes = store.compare_set(key, "", text)
+        return held.decode()
     except RuntimeError:
         return text

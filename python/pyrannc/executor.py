@@ -1,13 +1,12 @@
 """The executor: one loop over one rank's actions.
 
-It knows no schedule. What runs, in which order, and what goes where was decided (and checked) when the
-program was compiled; see ``rannc-schedule``. A tensor in assembly lies in a *slot*: a place (a stage, or
-the model's inputs or outputs), a microbatch, a value and a pass.
+It knows no schedule. What runs, in which order, and what goes where was decided (and checked) when
+the program was compiled; see ``rannc-schedule``. A tensor in assembly lies in a *slot*: a place (a
+stage, or the model's inputs or outputs), a microbatch, a value and a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from . import _slices
 from .errors import ExecutionError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._core import Action, Slot, ValueInfo
     from .comm import Communicator, Received
     from .stage import StageModule
@@ -132,13 +133,13 @@ class Executor:
             outputs = stage(inputs, action.rows, row_share, step.denominators)
         if step.training:
             roots = {value: t for value, t in outputs.items() if t.requires_grad}
-            step._in_flight[action.stage, action.microbatch] = _InFlight(leaves, roots)  # noqa: SLF001
+            step._in_flight[action.stage, action.microbatch] = _InFlight(leaves, roots)
         for value, tensor in outputs.items():
             step.slots[action.value_slot(value)] = tensor.detach()
 
     def _backward(self, action: Action, step: Step) -> None:
         stage = self.stages[action.stage]
-        state = step._in_flight.pop((action.stage, action.microbatch))  # noqa: SLF001
+        state = step._in_flight.pop((action.stage, action.microbatch))
         roots, seeds = [], []
         for value, root in state.roots.items():
             seed = self._take(step, action.gradient_slot(value))
@@ -175,7 +176,7 @@ class Executor:
         )
         buffer = _slices.empty(value, rows, self.comm.device)
         arriving = _Arriving(self.comm.receive(buffer, action.peer), action.slot_rows, action.total)
-        step._arriving.setdefault(action.slot, []).append(arriving)  # noqa: SLF001
+        step._arriving.setdefault(action.slot, []).append(arriving)
 
     def _copy(self, action: Action, step: Step) -> None:
         self._deposit(step, action.to_slot, self._piece(step, action), action.to_rows, action.total)
@@ -202,12 +203,12 @@ class Executor:
         if held is None and (rows is None or rows == (0, total)):
             step.slots[slot] = piece
             return
-        if slot not in step._owned:  # noqa: SLF001
+        if slot not in step._owned:
             # What became the slot whole may still be its sender's: never add to it in place.
             value = self.values[slot.value]
             held = _slices.zeros(value, total, piece.device) if held is None else held.clone()
             step.slots[slot] = held
-            step._owned.add(slot)  # noqa: SLF001
+            step._owned.add(slot)
         assert held is not None
         if rows is None:
             held.add_(piece)
@@ -215,7 +216,7 @@ class Executor:
             _slices.add_rows(held, self.values[slot.value], *rows, piece)
 
     def _assembled(self, step: Step, slot: Slot) -> torch.Tensor | None:
-        for piece in step._arriving.pop(slot, ()):  # noqa: SLF001
+        for piece in step._arriving.pop(slot, ()):
             self._deposit(step, slot, piece.received.wait(), piece.rows, piece.total)
         return step.slots.get(slot)
 
@@ -226,7 +227,7 @@ class Executor:
 
     def _drop(self, step: Step, slot: Slot) -> None:
         step.slots.pop(slot, None)
-        step._owned.discard(slot)  # noqa: SLF001
+        step._owned.discard(slot)
 
     def _take_or_zeros(self, step: Step, slot: Slot, rows: int) -> torch.Tensor:
         tensor = self._take(step, slot)
@@ -262,7 +263,7 @@ def _accumulate(
     gradients: Sequence[torch.Tensor | None],
     seen: set[int],
 ) -> None:
-    """Adds each gradient to the sum for its parameter; sums share no memory with anything in ``seen``."""
+    """Adds each gradient to its parameter's sum; sums share no memory with anything in ``seen``."""
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
@@ -280,7 +281,7 @@ def _accumulate(
 def _buckets(
     gradients: list[torch.Tensor], limit_bytes: int = 32 * 2**20
 ) -> list[list[torch.Tensor]]:
-    """Cuts a list into runs of one type and about ``limit_bytes``, so that messages are few but small."""
+    """Cuts a list into runs of one type and about ``limit_bytes``: few messages, but small ones."""
     buckets: list[list[torch.Tensor]] = []
     size = 0
     for gradient in gradients:

@@ -25,20 +25,20 @@ _live: weakref.WeakSet[RaNNCModule] = weakref.WeakSet()
 class RaNNCModule(torch.nn.Module):
     """A model that trains over all processes as the bare model would on one.
 
-    The first call captures the model, plans how to split it, and moves each part to its processes; calls
-    must therefore happen on all processes together. Each process passes its own local batch and gets its
-    own rows back; a scalar loss is that of the global batch on every process.
+    The first call captures the model, plans how to split it, and moves each part to its processes;
+    calls must therefore happen on all processes together. Each process passes its own local batch
+    and gets its own rows back; a scalar loss is that of the global batch on every process.
 
     Args:
-        model: any model that PyTorch can run. Its parameters must be equal on all processes or will be
-            made so: those of rank 0 count.
+        model: any model that PyTorch can run. Its parameters must be equal on all processes or will
+            be made so: those of rank 0 count.
         optimizer: the optimizer of its parameters; afterwards it keeps those of this process.
-        gather_inputs: whether the global batch is all local batches together (``True``), or rank 0's
-            alone, whose outputs every process then gets (``False``).
+        gather_inputs: whether the global batch is all local batches together (``True``), or rank
+            0's alone, whose outputs every process then gets (``False``).
         load_deployment: a file of :meth:`save_deployment` to use instead of planning.
-        loss_reduction: how a loss that you compute *outside* the model reduces over rows. ``"mean"``: the
-            gradients you pass to the outputs are weighted by this process's share of the rows, as in
-            ``DistributedDataParallel``. ``"sum"``: they are taken as they are.
+        loss_reduction: how a loss that you compute *outside* the model reduces over rows.
+            ``"mean"``: the gradients you pass to the outputs are weighted by this process's share
+            of the rows, as in ``DistributedDataParallel``. ``"sum"``: they are taken as they are.
         config: settings; by default those of ``rannc_conf.toml`` and the ``RANNC_*`` variables.
 
     Raises:
@@ -50,7 +50,7 @@ class RaNNCModule(torch.nn.Module):
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
-        gather_inputs: bool = True,  # noqa: FBT001, FBT002 - the original's signature
+        gather_inputs: bool = True,  # noqa: FBT001 - the original's signature
         load_deployment: str | PathLike[str] | None = None,
         *,
         loss_reduction: str = "mean",
@@ -62,7 +62,8 @@ class RaNNCModule(torch.nn.Module):
             raise RaNNCError(f"`model` is a {type(model).__name__}, needed a torch.nn.Module")
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
             raise RaNNCError(
-                f"`optimizer` is a {type(optimizer).__name__}, needed a torch.optim.Optimizer or None"
+                f"`optimizer` is a {type(optimizer).__name__}, "
+                "needed a torch.optim.Optimizer or None"
             )
         if loss_reduction not in _LOSS_REDUCTIONS:
             raise RaNNCError(f'`loss_reduction` is {loss_reduction!r}, needed "mean" or "sum"')
@@ -90,13 +91,14 @@ class RaNNCModule(torch.nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RaNNCModule:  # noqa: FBT001, FBT002 - torch's
+    def _apply(self, fn: Any, recurse: bool = True) -> RaNNCModule:  # noqa: FBT001 - torch's signature
         """Leaves parameters where deployment put them."""
         if not self._runtime.deployed:
-            self.model._apply(fn, recurse)  # noqa: SLF001 - what nn.Module does for its children
+            self.model._apply(fn, recurse)  # what nn.Module does for its children
             return self
         raise RaNNCError(
-            "the model's parameters were placed when it was deployed and cannot be moved or converted",
+            "the model's parameters were placed when it was deployed "
+            "and cannot be moved or converted",
             hint="call to(), cuda(), half() and the like on the model before wrapping it",
         )
 
@@ -113,8 +115,8 @@ class RaNNCModule(torch.nn.Module):
     def named_parameters(
         self,
         prefix: str = "",
-        recurse: bool = True,  # noqa: FBT001, FBT002 - torch's signature
-        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
+        recurse: bool = True,  # noqa: FBT001 - torch's signature
+        remove_duplicate: bool = True,  # noqa: FBT001 - torch's signature
         *,
         from_global: bool = False,
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -124,8 +126,8 @@ class RaNNCModule(torch.nn.Module):
             prefix: put before each name.
             recurse: as in ``nn.Module``.
             remove_duplicate: as in ``nn.Module``.
-            from_global: also those that other processes hold. Of these only shape and type can be read
-                here; :meth:`get_param` brings the values.
+            from_global: also those that other processes hold. Of these only shape and type can be
+                read here; :meth:`get_param` brings the values.
         """
         local = {id(p) for p in self._runtime.local_parameters().values()}
         for name, parameter in self.model.named_parameters(prefix, recurse, remove_duplicate):
@@ -134,7 +136,7 @@ class RaNNCModule(torch.nn.Module):
 
     def parameters(
         self,
-        recurse: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        recurse: bool = True,  # noqa: FBT001 - torch's signature
         *,
         from_global: bool = False,
     ) -> Iterator[torch.nn.Parameter]:
@@ -145,8 +147,8 @@ class RaNNCModule(torch.nn.Module):
     def named_buffers(
         self,
         prefix: str = "",
-        recurse: bool = True,  # noqa: FBT001, FBT002 - torch's signature
-        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
+        recurse: bool = True,  # noqa: FBT001 - torch's signature
+        remove_duplicate: bool = True,  # noqa: FBT001 - torch's signature
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Names, as in the bare model, and buffers."""
         yield from self.model.named_buffers(prefix, recurse, remove_duplicate)
@@ -165,7 +167,7 @@ class RaNNCModule(torch.nn.Module):
         return full
 
     def get_param_grad(self, name: str) -> torch.Tensor | None:
-        """A copy of one parameter's full gradient on every process, ``None`` without one; collective.
+        """A copy of one parameter's full gradient on every process, if it has one; collective.
 
         Raises:
             RaNNCError: when the model has no parameter of that name.
@@ -175,19 +177,24 @@ class RaNNCModule(torch.nn.Module):
             return None if parameter.grad is None else parameter.grad.detach().clone()
         return self._runtime.holders.everywhere(self._canonical(name), parameter.grad, parameter)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]  # torch's are overloads
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """All parameters and persistent buffers by their names in the bare model; collective.
 
         Returns:
-            Full tensors on the CPU on rank 0, an empty dictionary on the others; before the first call,
-            what the bare model returns.
+            Full tensors on the CPU on rank 0, an empty dictionary on the others; before the first
+            call, what the bare model returns.
         """
         own = self.model.state_dict(*args, **{**kwargs, "keep_vars": True})
         if not self._runtime.deployed:
             return self.model.state_dict(*args, **kwargs)
         holders = self._runtime.holders
         gathered: dict[int, torch.Tensor | None] = {}
-        names = {id(t): name for name, t in [*self._runtime.parameters.items(), *self._runtime.buffers.items()]}
+        names = {
+            id(t): name
+            for name, t in [*self._runtime.parameters.items(), *self._runtime.buffers.items()]
+        }
         for tensor in own.values():
             if isinstance(tensor, torch.Tensor) and id(tensor) not in gathered:
                 gathered[id(tensor)] = holders.on_rank_zero(names.get(id(tensor), ""), tensor)
@@ -201,8 +208,8 @@ class RaNNCModule(torch.nn.Module):
     def load_state_dict(
         self,
         state_dict: Mapping[str, Any],
-        strict: bool = True,  # noqa: FBT001, FBT002 - torch's signature
-        assign: bool = False,  # noqa: FBT001, FBT002
+        strict: bool = True,  # noqa: FBT001 - torch's signature
+        assign: bool = False,  # noqa: FBT001 - torch's signature
     ) -> Any:
         """Takes this process's part of a full state by the names of the bare model.
 
@@ -215,7 +222,9 @@ class RaNNCModule(torch.nn.Module):
         if not self._runtime.deployed:
             return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
         if assign:
-            raise RaNNCError("`assign=True` would replace parameters that are already placed; leave it out")
+            raise RaNNCError(
+                "`assign=True` would replace parameters that are already placed; leave it out"
+            )
         own = self.model.state_dict(keep_vars=True)
         missing = [name for name in own if name not in state_dict]
         unexpected = [name for name in state_dict if name not in own]
@@ -228,7 +237,7 @@ class RaNNCModule(torch.nn.Module):
         buffers = {id(b) for b in self._runtime.buffers.values()}
         targets = {name: t for name, t in own.items() if id(t) in local or id(t) in buffers}
         state.copy_local(targets, {name: t for name, t in state_dict.items() if name in targets})
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)  # noqa: SLF001 - torch's type
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)  # torch's type
 
     def save_deployment(self, path: str | PathLike[str]) -> None:
         """Writes the plan as JSON; rank 0 writes, the others wait.
@@ -262,7 +271,9 @@ class RaNNCModule(torch.nn.Module):
         for known, parameter in self.model.named_parameters(remove_duplicate=False):
             if known == name:
                 return parameter
-        raise RaNNCError(f"the model has no parameter `{name}`", hint="named_parameters() lists them")
+        raise RaNNCError(
+            f"the model has no parameter `{name}`", hint="named_parameters() lists them"
+        )
 
     def _canonical(self, name: str) -> str:
         """The first name of a parameter that has several."""
@@ -292,7 +303,7 @@ def show_deployment(path: str | PathLike[str], batch_size: int | None = None) ->
         DeploymentError: when the file cannot be read.
     """
     plan = _core.Plan.load(str(path))
-    print(plan.report() if batch_size is None else plan.report(batch_size))  # noqa: T201 - its purpose
+    print(plan.report() if batch_size is None else plan.report(batch_size))
 
 
 __all__ = [

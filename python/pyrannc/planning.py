@@ -1,7 +1,7 @@
 """Rank 0 plans, all ranks get the plan.
 
-What is decided is decided in Rust; here only its inputs come together: the graph, measured times, the
-cluster, the optimizer's appetite, and the configuration.
+What is decided is decided in Rust; here only its inputs come together: the graph, measured times,
+the cluster, the optimizer's appetite, and the configuration.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def make_plan(
         load_deployment: a deployment file to use as it is.
 
     Raises:
-        DeploymentError: when the file is damaged, or belongs to another model or number of processes.
+        DeploymentError: when the file is damaged, or belongs to another model or number of
+            processes.
         DoesNotFitError: when no plan fits the devices' memory.
         PlanError: when what the configuration forces cannot be had.
     """
@@ -66,7 +67,7 @@ def make_plan(
             if config.save_deployment:
                 plan.save(config.deployment_file)
             outcome = plan.to_json()
-        except Exception as error:  # noqa: BLE001 - raised below on every rank
+        except Exception as error:  # raised below on every rank
             outcome = error
     outcome = comm.broadcast_object(outcome)
     if isinstance(outcome, Exception):

@@ -1,7 +1,7 @@
 """One deployed model on one rank: capture, plan, place, then run steps.
 
-The order of events is the same on every rank, and every phase that can fail ends with the ranks telling
-each other, so that a failure anywhere stops all of them with the same message.
+The order of events is the same on every rank, and every phase that can fail ends with the ranks
+telling each other, so that a failure anywhere stops all of them with the same message.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -22,11 +21,15 @@ from ._core import Slot
 from ._structure import flatten
 from .capture import Captured, batch_size, capture, input_signature
 from .comm import Communicator
-from .config import Config
 from .errors import ExecutionError, MismatchError, RaNNCError
 from .executor import Executor, Step
 from .optimizer import keep_local
 from .stage import build_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .config import Config
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,20 +39,25 @@ def agree(comm: Communicator, task: str, action: Callable[[], T]) -> T:
     """Runs ``action`` on every rank, and raises on every rank if it failed on any.
 
     Raises:
-        RaNNCError: this rank's own error where it failed here, else one that names the failing ranks.
+        RaNNCError: this rank's own error where it failed here, else one that names the failing
+            ranks.
     """
     result: T | None = None
     error: Exception | None = None
     try:
         result = action()
-    except Exception as caught:  # noqa: BLE001 - raised again below, after the others know
+    except Exception as caught:  # raised again below, after the others know
         error = caught
-    problems = comm.all_gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    problems = comm.all_gather_objects(
+        None if error is None else f"{type(error).__name__}: {error}"
+    )
     if error is not None:
         raise error
     failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
     if failed:
-        raise ExecutionError(f"could not {task} on {len(failed)} of {comm.world_size} ranks: " + "; ".join(failed))
+        raise ExecutionError(
+            f"could not {task} on {len(failed)} of {comm.world_size} ranks: " + "; ".join(failed)
+        )
     return result  # type: ignore[return-value]
 
 
@@ -63,10 +71,12 @@ class _Variant:
     executor: Executor
     programs: dict[tuple[Any, ...], _core.Program] = field(default_factory=dict)
 
-    def program(self, rows: tuple[int, ...], gather: bool, training: bool) -> _core.Program:
+    def program(self, rows: tuple[int, ...], *, gather: bool, training: bool) -> _core.Program:
         key = (rows, gather, training)
         if key not in self.programs:
-            self.programs[key] = self.placement.program(list(rows), gather=gather, training=training)
+            self.programs[key] = self.placement.program(
+                list(rows), gather=gather, training=training
+            )
         return self.programs[key]
 
 
@@ -135,19 +145,21 @@ class Runtime:
         if not self.deployed:
             self._deploy(args, kwargs, signature, arrival)
         variant = self._variant(args, kwargs, signature, arrival)
-        inputs = [tensor.to(self.comm.device) for tensor in variant.captured.flatten_inputs(args, kwargs)]
+        inputs = [
+            tensor.to(self.comm.device) for tensor in variant.captured.flatten_inputs(args, kwargs)
+        ]
         step = Step(
             arrival.total,
             self._denominators(variant, inputs, arrival),
             arrival.training,
         )
-        program = variant.program(arrival.rows, self.gather, arrival.training)
+        program = variant.program(arrival.rows, gather=self.gather, training=arrival.training)
         for value, tensor in zip(variant.graph.inputs, inputs, strict=True):
             step.slots[Slot.source(value)] = tensor.detach()
         if program.fused:
             self._seed_with_ones(variant, step)
         variant.executor.run(program.forward(self.comm.rank), step)
-        outputs = self._outputs(variant, step, arrival)
+        outputs = self._outputs(variant, step)
         if arrival.training:
             finish = _Finish(self, variant, program, step, arrival)
             outputs = finish.attach(inputs, outputs)
@@ -160,7 +172,7 @@ class Runtime:
         try:
             signature = input_signature(args, kwargs)
             rows = batch_size(flatten((args, kwargs))[0])
-        except Exception as error:  # noqa: BLE001 - raised below, after the others know
+        except Exception as error:  # raised below, after the others know
             problem = error
         training = torch.is_grad_enabled()
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
@@ -170,7 +182,7 @@ class Runtime:
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
-            self._explain_mismatch(signature, training)
+            self._explain_mismatch(signature, training=training)
         all_rows = [other[3] for other in headers]
         if not self.gather:
             all_rows = [all_rows[0], *([0] * (self.comm.world_size - 1))]
@@ -178,16 +190,16 @@ class Runtime:
             raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
         return signature, Arrival(tuple(all_rows), training)
 
-    def _explain_mismatch(self, signature: str, training: bool) -> None:
+    def _explain_mismatch(self, signature: str, *, training: bool) -> None:
         mode = "train" if self.model.training else "eval"
         grad = "with gradients" if training else "without gradients"
         told = self.comm.all_gather_objects(f"{signature} ({mode} mode, {grad})")
         lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
         raise MismatchError(
-            "the ranks were called with different inputs; all must agree in everything but the number of "
-            f"rows in the batch:{lines}",
-            hint="pad or truncate so that every rank's tensors differ only in their first dimension, and "
-            "switch train()/eval() and no_grad() on all ranks together",
+            "the ranks were called with different inputs; all must agree in everything but the "
+            f"number of rows in the batch:{lines}",
+            hint="pad or truncate so that every rank's tensors differ only in their first "
+            "dimension, and switch train()/eval() and no_grad() on all ranks together",
         )
 
     def _deploy(
@@ -264,17 +276,21 @@ class Runtime:
         if len(set(prints)) > 1:
             told = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(prints))
             raise MismatchError(
-                f"the ranks were given different models; the fingerprints of their graphs are {told}",
+                "the ranks were given different models; "
+                f"the fingerprints of their graphs are {told}",
                 hint="build the same model with the same arguments on every rank",
             )
         if not graph.splittable and self.comm.rank == 0:
             logger.warning(
-                "the batch cannot be split, so every step runs as one microbatch on one replica: %s",
+                "the batch cannot be split, so every step runs as one microbatch on one replica: "
+                "%s",
                 graph.unsplittable_reason,
             )
         return captured, graph
 
-    def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> _Variant:
+    def _build(
+        self, captured: Captured, graph: _core.Graph, placement: _core.Placement
+    ) -> _Variant:
         stages = {
             index: build_stage(captured, stage.nodes, stage.inputs, stage.outputs)
             for index, stage in enumerate(placement.stages)
@@ -303,7 +319,7 @@ class Runtime:
                 one = torch.ones(info.shape(0), dtype=getattr(torch, info.dtype))
                 step.slots[Slot.sink(value, gradient=True)] = one.to(self.comm.device)
 
-    def _outputs(self, variant: _Variant, step: Step, arrival: Arrival) -> list[torch.Tensor]:
+    def _outputs(self, variant: _Variant, step: Step) -> list[torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
         inputs = set(variant.graph.inputs)
         for value in set(variant.graph.outputs):
@@ -315,9 +331,11 @@ class Runtime:
 
     @contextlib.contextmanager
     def _materialized(self) -> Iterator[None]:
-        """Gives parameters that live elsewhere untouched memory, for a capture that only reads shapes."""
+        """Gives parameters that live elsewhere memory for a capture, which reads their shapes."""
         for parameter in self._elsewhere:
-            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = torch.empty(
+                parameter.shape, dtype=parameter.dtype, device=parameter.device
+            )
         try:
             yield
         finally:
@@ -364,17 +382,20 @@ class _Finish:
             self,
             differentiable,
             [tensors[value] for value in differentiable],
-            self.runtime._anchor,  # noqa: SLF001
+            self.runtime._anchor,
             *inputs,
         )
         tensors.update(zip(differentiable, attached, strict=True))
         return [tensors[value] for value in self.variant.graph.outputs]
 
-    def backward(self, values: list[int], seeds: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def backward(
+        self, values: list[int], seeds: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
         """Runs the backward with the gradients of the outputs; returns those of the inputs."""
         if self.done:
             raise RaNNCError(
-                "backward was called twice for one forward; its activations are gone after the first",
+                "backward was called twice for one forward; "
+                "its activations are gone after the first",
                 hint="call the model again before the second backward, or add the losses and call "
                 "backward once",
             )
@@ -389,7 +410,7 @@ class _Finish:
         return [self._input_gradient(value, scale) for value in self.variant.graph.inputs]
 
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
-        """Weights by this rank's share of the rows when the user's loss is a mean over its own rows."""
+        """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
         info = self.variant.executor.values[value]
         if info.transport != "split" or self.runtime.loss_reduction == "sum":
             return seed.contiguous()
@@ -411,20 +432,20 @@ class _Boundary(torch.autograd.Function):
     """Where the user's autograd graph ends and the pipeline begins."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         finish: _Finish,
         values: list[int],
         outputs: list[torch.Tensor],
-        anchor: torch.Tensor,
-        *inputs: torch.Tensor,
+        anchor: torch.Tensor,  # noqa: ARG004 - what makes the outputs differentiable
+        *inputs: torch.Tensor,  # noqa: ARG004 - what backward answers for
     ) -> tuple[torch.Tensor, ...]:
         ctx.finish = finish
         ctx.values = values
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.finish.backward(ctx.values, seeds)
         return (None, None, None, None, *gradients)
 
@@ -435,8 +456,10 @@ def _raise(problem: Exception | None) -> None:
 
 
 def _repeat_rows(arguments: Any, rows: int | None, total: int) -> Any:
-    """The same arguments with as many rows as the global batch has, for a capture that is valid for one
-    number of rows only; the contents do not matter."""
+    """The same arguments with as many rows as the global batch has, of whatever content.
+
+    For a capture that is valid for one number of rows only.
+    """
 
     def repeat(tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != rows:

@@ -38,7 +38,9 @@ class Holders:
         """The rank whose value counts."""
         return self.ranks[name][0] if name in self.ranks else 0
 
-    def everywhere(self, name: str, tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    def everywhere(
+        self, name: str, tensor: torch.Tensor | None, like: torch.Tensor
+    ) -> torch.Tensor | None:
         """The holder's ``tensor`` on every rank, or ``None`` when the holder has none.
 
         Args:

@@ -1,7 +1,8 @@
 """Groups of processes that stay up between tests.
 
-Importing torch takes seconds, so the processes of a pool are started once and then run one function after
-another. A pool that hung, or failed where it should not have, is thrown away; the next test gets a new one.
+Importing torch takes seconds, so the processes of a pool are started once and then run one function
+after another. A pool that hung, or failed where it should not have, is thrown away; the next test
+gets a new one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Pool:
     def outcomes_of(
         self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float
     ) -> list[Any | Failure]:
-        """Runs ``function(*args)`` on every rank; by rank, what it returned or its :class:`Failure`."""
+        """Runs ``function(*args)`` on every rank; what each returned, or its :class:`Failure`."""
         for connection in self._connections:
             connection.send((function, args))
         outcomes = []
@@ -143,7 +144,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
             function, args = connection.recv()
             try:
                 outcome = function(*args)
-            except BaseException as error:  # noqa: BLE001 - reported to the test
+            except BaseException as error:  # reported to the test
                 trace = traceback.format_exc()
                 outcome = Failure(type(error).__name__, str(error), trace)
             connection.send(outcome)

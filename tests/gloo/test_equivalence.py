@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gloo]
 
 # The second batch is the last of an epoch: smaller, and of another size on every rank.
-ROWS = {1: ((8,), (3,)), 2: ((4, 4), (3, 2)), 3: ((3, 3, 3), (2, 1, 3)), 4: ((4, 4, 4, 4), (3, 1, 2, 1))}
+ROWS = {
+    1: ((8,), (3,)),
+    2: ((4, 4), (3, 2)),
+    3: ((3, 3, 3), (2, 1, 3)),
+    4: ((4, 4, 4, 4), (3, 1, 2, 1)),
+}
 
 # Sums over rows are taken in another order; nothing else differs.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-# Adam divides by the gradient's size plus 1e-8: where a gradient is zero but for its rounding (1e-17, as
-# before a normalisation), two steps of 0.01 carry that on as 1e-11 or so.
+# Adam divides by the gradient's size plus 1e-8: where a gradient is zero but for its rounding
+# (1e-17, as before a normalisation), two steps of 0.01 carry that on as 1e-11 or so.
 EXACT_STATE = {"rtol": 1e-10, "atol": 1e-10}
 # The same for models that compute in float32, where one rounding is 6e-8.
 SINGLE = {"rtol": 1e-4, "atol": 1e-5}
@@ -107,9 +112,7 @@ def nearest_possible(chosen: Case, setup: Setup) -> Setup:
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", setups((1, 2, 4)), ids=str)
 @pytest.mark.parametrize("chosen", CASES, ids=str)
-def test_every_model_in_every_way(
-    pools: Pools, chosen: Case, setup: Setup, tmp_path: Path
-) -> None:
+def test_every_model_in_every_way(pools: Pools, chosen: Case, setup: Setup, tmp_path: Path) -> None:
     if not possible(chosen, setup):
         return
     check(pools, chosen, setup, tmp_path)

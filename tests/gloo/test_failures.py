@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.models import case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.gloo.pool import Pools
 
@@ -27,7 +27,9 @@ MOST_SECONDS = 30
 PLAIN = pyrannc.Config(measure=False, profile_cache_dir="off", timeout_s=25)
 
 
-def failures(pools: Pools, function: Callable[..., Any], *args: Any, world: int = 2) -> list[Failure]:
+def failures(
+    pools: Pools, function: Callable[..., Any], *args: Any, world: int = 2
+) -> list[Failure]:
     """How each rank failed; the test fails if one did not, or took too long."""
     start = time.monotonic()
     outcomes = pools.outcomes(world, function, *args, seconds=MOST_SECONDS + 20)

@@ -1,5 +1,5 @@
-"""Trains a case for two steps, with RaNNC on every rank or with plain PyTorch on one, and keeps what
-must be equal."""
+"""Trains a case for two steps, with RaNNC on every rank or with plain PyTorch on one, and keeps
+what must be equal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Setup:
 
 @dataclass
 class Record:
-    """What training gave: by step the outputs and input gradients, and all gradients; then all state."""
+    """What training gave: by step outputs, input gradients and all gradients; then all state."""
 
     outputs: list[list[torch.Tensor]] = field(default_factory=list)
     input_gradients: list[list[torch.Tensor | None]] = field(default_factory=list)
@@ -86,7 +86,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if hasattr(value, "__dataclass_fields__"):
         value = [getattr(value, name) for name in value.__dataclass_fields__]
     leaves = pytree.tree_leaves(value)
-    nested = [_tensors(leaf) if hasattr(leaf, "__dataclass_fields__") else [leaf] for leaf in leaves]
+    nested = [
+        _tensors(leaf) if hasattr(leaf, "__dataclass_fields__") else [leaf] for leaf in leaves
+    ]
     return [t for leaves in nested for t in leaves if isinstance(t, torch.Tensor)]
 
 
@@ -102,7 +104,10 @@ def train_plainly(name: str, setup: Setup) -> Record:
         outputs = model(*args, **kwargs)
         _finish_step(chosen, record, outputs, (args, kwargs), optimizer)
         record.gradients.append(
-            {key: p.grad.clone() if p.grad is not None else None for key, p in model.named_parameters()}
+            {
+                key: p.grad.clone() if p.grad is not None else None
+                for key, p in model.named_parameters()
+            }
         )
         if optimizer is not None:
             optimizer.step()

@@ -22,7 +22,7 @@ from ._structure import Structure, flatten
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from ._opaque import Opaque
 
@@ -99,6 +99,7 @@ def export(
     arguments: Structure,
     rows: int,
     static_reason: str | None = None,
+    opaque: Iterable[str] = (),
 ) -> Program:
     """Exports a model for tensors like these.
 
@@ -109,10 +110,13 @@ def export(
         rows: the batch size; tensors with this first dimension hold rows, unless the model takes
             them otherwise.
         static_reason: why only this batch size should be tried, if so.
+        opaque: submodules to be called as they are.
     """
     flat = FlatModel(model, arguments)
     candidates = {i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows}
     exporter = _Exporter(model, flat, candidates)
+    for path in opaque:
+        exporter.sites.add_module(model.get_submodule(path))
     if static_reason is None:
         # Sizes 0 and 1 are taken as constants by the exporter.
         module = exporter.export(tensors, max(rows, 2), dynamic=True)

@@ -77,12 +77,16 @@ class Shared(torch.nn.Module):
 
 
 class Denominator:
-    """A number that the whole batch's inputs determine, as a sum over the processes' parts."""
+    """A number that the whole batch's inputs determine, as a sum over the processes' parts.
+
+    Attributes:
+        module: computes from the inputs what is counted or summed.
+    """
 
     def __init__(
         self, module: fx.GraphModule, finish: Callable[..., torch.Tensor], batch_input: int
     ) -> None:
-        self._module = module
+        self.module = module
         self._finish = finish
         self._batch_input = batch_input
 
@@ -90,7 +94,7 @@ class Denominator:
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """This process's part, of its tensor arguments in the graph's order."""
         rows = tensors[self._batch_input].shape[0]
-        return self._finish(*self._module(*tensors, rows))
+        return self._finish(*self.module(*tensors, rows))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,13 @@ class RowAnalysis:
         layouts: the dependence of each value.
         rewrites: what to change so that every reduction over the batch is a plain sum.
         reason: why the model cannot be split, if it cannot.
+        mixing: the submodules whose own operators compute across rows.
     """
 
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     rewrites: list[Rewrite] = field(default_factory=list)
     reason: str | None = None
+    mixing: set[str] = field(default_factory=set)
 
 
 class Call:
@@ -187,6 +189,7 @@ class _Analyser:
                 raise MixesRows("writes rows into a tensor whose rows are not known apart")
 
     def _note(self, what: Operator, action: str) -> None:
+        self.found.mixing.add(what.module)
         if self.found.reason is None:
             place = f"`{what.module}`" if what.module else "the model's forward"
             self.found.reason = f"`{what.name}` in {place} {action}"

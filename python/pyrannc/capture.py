@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._devices import move_operators
 from ._export import Program, export
 from ._flat import Flattener, is_value
 from ._graph_file import GraphFile
@@ -60,6 +61,7 @@ class Captured:
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
+    _constants: frozenset[str] = field(repr=False)
 
     def flatten_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -79,6 +81,16 @@ class Captured:
     def unflatten_outputs(self, tensors: list[torch.Tensor]) -> Any:
         """What the model returns, made of the graph's outputs."""
         return self._results.build(tensors)
+
+    def move_to(self, device: torch.device) -> None:
+        """Has stages that are built from now on, and the denominators, run on `device`.
+
+        Parameters and buffers are the user's, and must be moved as such.
+        """
+        owned = [name for name in self.state if name in self._constants]
+        for module in [self.module, *(count.module for count in self.denominators)]:
+            move_operators(module, device, owned)
+        self.state.update({name: getattr_path(self.module, name) for name in owned})
 
     def num_rows(self, tensors: list[torch.Tensor]) -> int:
         """How many rows the tensors of a call hold."""
@@ -111,18 +123,33 @@ def capture(
     if rows == 0:
         message = "the batch is empty, and a model is captured with its first"
         raise CaptureError(message, "pass at least one row the first time")
-    return _captured(model, tensors, names, structure, rows)
+    call = _Call(model, tensors, names, structure, rows)
+    captured, mixing = _captured(call)
+    if mixing and _are_small(model, mixing):
+        # Tokens sent to experts are mixed and put back in order: as a whole that is row-wise.
+        other, still_mixing = _captured(call, opaque=mixing)
+        if not still_mixing and other.static_rows is None:
+            return other
+    return captured
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A model and how it is called."""
+
+    model: torch.nn.Module
+    tensors: list[torch.Tensor]
+    names: list[str]
+    structure: Structure
+    rows: int
 
 
 def _captured(
-    model: torch.nn.Module,
-    tensors: list[torch.Tensor],
-    names: list[str],
-    structure: Structure,
-    rows: int,
-    static_reason: str | None = None,
-) -> Captured:
-    program = export(model, tensors, structure, rows, static_reason)
+    call: _Call, static_reason: str | None = None, opaque: tuple[str, ...] = ()
+) -> tuple[Captured, tuple[str, ...]]:
+    """The captured model, and the submodules that keep it from being split."""
+    model, tensors, structure, rows = call.model, call.tensors, call.structure, call.rows
+    program = export(model, tensors, structure, rows, static_reason, opaque)
     flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
     module = flat.module(type(model).__name__)
     layouts = _input_layouts(flat, program)
@@ -141,9 +168,9 @@ def _captured(
         facts = measure(module, flat.inputs, tensors, program.symbols, sizes)
     except OneBatchSizeError as failure:
         reason = analysis.reason or str(failure)
-        return _captured(model, tensors, names, structure, rows, reason)
-    file = GraphFile(model, module, flat.inputs, names, analysis, facts, program)
-    return Captured(
+        return _captured(call, reason)
+    file = GraphFile(model, module, flat.inputs, call.names, analysis, facts, program)
+    captured = Captured(
         graph_json=file.json(rows),
         module=module,
         node_by_key=file.node_by_key,
@@ -156,6 +183,19 @@ def _captured(
         _arguments=structure,
         _description=_describe(tensors, structure),
         _results=program.results,
+        _constants=frozenset(v["name"] for v in file.values if v["kind"] == "constant"),
+    )
+    return captured, tuple(sorted(analysis.mixing)) if program.dynamic else ()
+
+
+def _are_small(model: torch.nn.Module, paths: tuple[str, ...]) -> bool:
+    """Whether submodules are real, and each a small enough part to be left whole."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return False
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return all(
+        path and 2 * sum(p.numel() for p in model.get_submodule(path).parameters()) <= total
+        for path in paths
     )
 
 

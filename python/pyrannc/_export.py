@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from ._culprit import CustomBackward, Sites, Tracker
 from ._flat import module_path
+from ._side_effects import Snapshot
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._structure import Structure, flatten
 from .errors import CaptureError
@@ -74,11 +75,21 @@ class FlatModel(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Calls the model."""
         args, kwargs = self._arguments.build(tensors)
-        results, _, structure = flatten(
-            self.model(*args, **kwargs), drop_unknown=True, root="result"
-        )
+        before = Snapshot(self.model)
+        try:
+            results, _, structure = flatten(
+                self.model(*args, **kwargs), drop_unknown=True, root="result"
+            )
+            before.keep_buffers()
+        finally:
+            self._noted.changed = before.restore()
         self._noted.results = structure
         return tuple(results)
+
+    @property
+    def changed(self) -> list[str]:
+        """Plain attributes of modules that the last forward changed."""
+        return self._noted.changed or []
 
     @property
     def results(self) -> Structure:
@@ -91,6 +102,7 @@ class _Noted:
     """What a forward left behind."""
 
     results: Structure | None = None
+    changed: list[str] | None = None
 
 
 def export(

@@ -8,6 +8,7 @@ process computes from its inputs before the step and all add up.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from ._cut import cut
-from ._flat import Operator, Scope, Scoped, operator_of, positional
+from ._flat import Operator, Scope, Scoped, drop_unread, operator_of, positional
 from ._layout import NONE, SUM, Layout, MixesRows, Split, merge, placed
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Denominator:
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """This process's part, of its tensor arguments in the graph's order."""
         rows = tensors[self._batch_input].shape[0]
-        return self._finish(*self.module(*tensors, rows))
+        return self._finish(rows, *self.module(*tensors, rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,10 @@ class _CountTargets:
     ignore_index: int
     dtype: torch.dtype
 
-    def __call__(self, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, rows: int, target: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        del rows
         counted = target != self.ignore_index
         if weight is None:
             return counted.sum().to(self.dtype)
@@ -112,8 +116,13 @@ class _CountTargets:
         return weights.masked_fill(~counted, 0).sum()
 
 
-def _scalar(value: torch.Tensor) -> torch.Tensor:
+def _as_it_is(rows: int, value: torch.Tensor) -> torch.Tensor:
+    del rows
     return value
+
+
+def _times_rows(rows: int, value: torch.Tensor) -> torch.Tensor:
+    return value * rows
 
 
 def loss_layout(call: Call) -> list[Layout]:
@@ -203,10 +212,8 @@ class Rewriter:
         for rewrite in rewrites:
             if rewrite.kind == "promote" and rewrite.operand not in self._promoted:
                 assert rewrite.operand is not None
-                example = rewrite.operand.meta["val"]
-                self._promoted[rewrite.operand] = self._denominator(
-                    [rewrite.operand], _scalar, example
-                )
+                means = {other.node for other in rewrites if other.kind == "share"}
+                self._promote(rewrite.operand, is_mean=rewrite.operand in means)
         for rewrite in rewrites:
             if rewrite.kind == "share":
                 self._share(rewrite.node, rewrite.power)
@@ -221,6 +228,27 @@ class Rewriter:
                 assert rewrite.operand is not None
                 promoted = self._promoted[rewrite.operand]
                 rewrite.node.replace_input_with(rewrite.operand, promoted)
+        drop_unread(self._graph)
+
+    def _promote(self, operand: fx.Node, *, is_mean: bool) -> None:
+        """Makes a denominator of a sum over the batch, or of a mean.
+
+        A mean over the batch is the sum of the means of its parts, each times its rows, divided by
+        all rows.
+        """
+        example = operand.meta["val"]
+        if not is_mean:
+            self._promoted[operand] = self._denominator([operand], _as_it_is, example)
+            return
+        total = self._denominator([operand], _times_rows, example)
+        rows = next(node for node in self._graph.nodes if node.name == "rows")
+        with self._graph.inserting_after(operand):
+            share = self._graph.call_function(operator.truediv, (self._row_share, rows))
+        with self._graph.inserting_after(share):
+            mean = self._new(operand, aten.mul.Tensor, (total, share))
+        mean.meta["val"] = example
+        self._layouts[mean] = NONE
+        self._promoted[operand] = mean
 
     def _share(self, node: fx.Node, power: int) -> None:
         """Puts the operator and the factor into one, as what lies between would be no sum."""

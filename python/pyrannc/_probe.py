@@ -65,13 +65,18 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
 
     def run(values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         given = [values[node].detach().clone() for node in nodes]
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
             results = target(given, target.site.state)
-        return [results[positional(output)[1]] for output in call.outputs]
+        return [results[positional(output)[1]].detach() for output in call.outputs]
 
-    with target.site.undisturbed():
-        return tried(call, whole, run, parts)
+    try:
+        with target.site.undisturbed():
+            return tried(call, whole, run, parts)
+    except MixesRows:
+        raise
+    except Exception as failure:
+        raise MixesRows("cannot be run on parts of the batch") from failure
 
 
 def tried(

@@ -133,24 +133,31 @@ class _Analyser:
         return self.found
 
     def promotable(self, tensor: fx.Node) -> bool:
-        """Whether a value needs only inputs and state that never changes, and no rewriting."""
+        """Whether a sum over the batch needs only inputs and state that never changes."""
+        rewrites = [rewrite for rewrite in self.found.rewrites if rewrite.node is tensor]
+        if [(rewrite.kind, rewrite.power) for rewrite in rewrites] == [("share", 1)]:
+            # A mean: known as well, when weighted by rows.
+            return all(self._from_inputs(item) for item in tensor.all_input_nodes)
+        return self._from_inputs(tensor)
+
+    def _from_inputs(self, tensor: fx.Node) -> bool:
         if tensor not in self._known:
-            self._known[tensor] = self._promotable(tensor)
+            self._known[tensor] = self._needs_inputs_only(tensor)
         return self._known[tensor]
 
-    def _promotable(self, tensor: fx.Node) -> bool:
+    def _needs_inputs_only(self, tensor: fx.Node) -> bool:
         if tensor.op == "placeholder":
             return True
         if tensor.op == "get_attr":
             state = getattr_path(self._module, str(tensor.target))
             return tensor not in self._written and not state.requires_grad
         if operator_of(tensor) is None:
-            return all(self.promotable(item) for item in tensor.all_input_nodes)
+            return all(self._from_inputs(item) for item in tensor.all_input_nodes)
         if any(tensor is rewrite.node for rewrite in self.found.rewrites):
             return False
         if is_random(tensor) or written_arguments(tensor):
             return False
-        return all(self.promotable(item) for item in tensor.all_input_nodes if is_value(item))
+        return all(self._from_inputs(item) for item in tensor.all_input_nodes if is_value(item))
 
     def _visit(self, node: fx.Node, what: Operator) -> None:
         call = Call(node, what, self)

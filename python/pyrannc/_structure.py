@@ -108,7 +108,7 @@ def flatten(
             names.append(".".join(path))
             return Structure("tensor", len(tensors) - 1)
         if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            place = ".".join(path) or root
+            place = " ".join((root, *path))
             message = f"`{place}` is a number computed from the batch size"
             raise CaptureError(message, "let the model return tensors only")
         if isinstance(item, CONSTANTS) or callable(item):
@@ -128,7 +128,7 @@ def flatten(
             return Structure("dataclass", example, fields, children)
         if drop_unknown:
             return Structure("constant", None)
-        place = ".".join(path) or root
+        place = " ".join((root, *path))
         message = f"`{place}` is a `{type(item).__qualname__}`, which may hold tensors unseen"
         hint = "pass tensors in tuples, lists, dicts or dataclasses"
         raise CaptureError(message, hint)

@@ -6,6 +6,7 @@ what happens when one of them fails. With a single process nothing is started at
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -163,12 +164,16 @@ class _Waiter:
         self._sent: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
         self._last_sent: Future[None] | None = None
         self._failed_send: BaseException | None = None
+        self._threads: list[threading.Thread] = []
         for name, waiting in (("needed", self._needed), ("sent", self._sent)):
             thread = threading.Thread(
                 target=_wait_for_each, args=(waiting,), name=f"pyrannc-{name}"
             )
             thread.daemon = True
             thread.start()
+            self._threads.append(thread)
+        # A thread that still holds a message when the interpreter ends would abort the process.
+        atexit.register(self.stop)
 
     def wait(self, work: Any) -> None:
         """Returns when ``work`` is done; raises what went wrong with it, or on another rank."""
@@ -192,9 +197,12 @@ class _Waiter:
             raise self._failed_send
 
     def stop(self) -> None:
-        """Ends the threads once they have nothing to wait for."""
+        """Ends the threads, but does not wait for long if they wait for what will not come."""
+        atexit.unregister(self.stop)
         for waiting in (self._needed, self._sent):
             waiting.put((None, Future()))
+        for thread in self._threads:
+            thread.join(_CHECK_SECONDS)
 
     def _until(self, done: Future[None]) -> None:
         while True:

@@ -110,6 +110,11 @@ class Config:
     profile_cache_dir: str = _item(
         "~/.cache/pyrannc", "folder that keeps measured times; `off`: keep none", _PATH
     )
+    planner_inputs_dir: str = _item(
+        "off",
+        "folder to write what the planner was given: graph, cluster, profile; `off`: nowhere",
+        _PATH,
+    )
     timeout_s: float = _item(600, "seconds to wait for another rank before giving up", _POSITIVE)
     save_deployment: bool = _item(False, "write the plan to `deployment_file`", _BOOLEAN)
     load_deployment: bool = _item(False, "read the plan from `deployment_file`", _BOOLEAN)

@@ -7,9 +7,11 @@ the cluster, the optimizer's appetite, and the configuration.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _core, cluster
+from .errors import PlanError
 from .optimizer import state_bytes_per_parameter_byte
 from .profile import profile
 
@@ -89,6 +91,8 @@ def _search(
     if config.measure:
         rows = rows_to_measure(batch_rows, comm.world_size)
         profile_json = profile(captured, graph, rows, comm.device, config=config)
+    inputs = {"graph": graph.to_json(), "cluster": description, "profile": profile_json}
+    _keep_inputs(config.planner_inputs_dir, inputs)
     return _core.plan(
         graph,
         description,
@@ -105,6 +109,21 @@ def _search(
         mem_margin=config.mem_margin,
         schedule=config.schedule,
     )
+
+
+def _keep_inputs(folder: str, inputs: dict[str, str | None]) -> None:
+    """Writes what the planner is given, so that the command `rannc` can plan the same again."""
+    if folder == "off":
+        return
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, text in inputs.items():
+            if text is not None:
+                (path / f"{name}.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        message = f"cannot write the planner's inputs into `{path}`: {error}"
+        raise PlanError(message, "set `planner_inputs_dir` to a writable folder") from error
 
 
 def rows_to_measure(batch_rows: int, world_size: int) -> list[int]:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -127,7 +126,9 @@ class Runtime:
         self.load_deployment = load_deployment
         self.loss_reduction = loss_reduction
         self.config = config
-        self.comm = Communicator.connect(timedelta(seconds=config.timeout_s))
+        self.comm = Communicator.connect(config.timeout)
+        if config.show_config_items and self.comm.rank == 0:
+            print(config.report())
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self._variants: dict[tuple[bool, str], _Variant] = {}
@@ -269,6 +270,7 @@ class Runtime:
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
                     captured = capture(self.model, *whole)
+            captured.move_to(self.comm.device)
             return captured, _core.Graph.from_json(captured.graph_json)
 
         captured, graph = agree(self.comm, "capture the model", work)

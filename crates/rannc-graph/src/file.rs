@@ -62,11 +62,16 @@ impl Graph {
         })
     }
 
-    /// A hash of the whole graph but for the number of rows that capture happened to see: equal on all
-    /// ranks that captured the same model with the same other sizes.
+    /// A hash of all but costs and the number of rows that capture happened to see: equal on all ranks
+    /// that captured the same model with the same other sizes.
     pub fn fingerprint(&self) -> String {
+        let wiring = |node: &Node| {
+            let Node { key, op, inputs, outputs, mutates, aliases, signature, .. } = node;
+            to_json(&(key, op, inputs, outputs, mutates, aliases, signature))
+        };
+        let nodes: Vec<String> = self.nodes.iter().map(wiring).collect();
         let batch = (self.batch.splittable, &self.batch.reason);
-        short_hash(&to_json(&(batch, &self.values, &self.nodes, &self.inputs, &self.outputs)))
+        short_hash(&to_json(&(batch, &self.values, nodes, &self.inputs, &self.outputs)))
     }
 
     /// A hash of what makes it this model: its operators, parameters, buffers and constants, but not

@@ -29,9 +29,10 @@ def move_operators(module: fx.GraphModule, device: torch.device, names: list[str
         if node.op in ("call_function", "call_module"):
             node.args = map_aggregate(node.args, moved)
             node.kwargs = map_aggregate(dict(node.kwargs), moved)
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in names:
-        path, _, attribute = name.rpartition(".")
-        holder = module.get_submodule(path)
-        if hasattr(holder, attribute):
+        if name in read:
+            path, _, attribute = name.rpartition(".")
+            holder = module.get_submodule(path)
             setattr(holder, attribute, getattr(holder, attribute).to(device))
     module.recompile()

@@ -179,6 +179,7 @@ class _Exporter:
                     module = _exported(self._flat, copies, self._candidates if dynamic else set())
                 unknown = _unknown_sizes(module)
                 if not unknown:
+                    self._tell_changes()
                     return module
                 self.sites.add_module(self._around(unknown))
             except CaptureError:
@@ -186,6 +187,10 @@ class _Exporter:
             except Exception as failure:
                 self._blame(failure, tracker.running)
             self._observe(tensors, rows)
+
+    def _tell_changes(self) -> None:
+        for name in self._flat.changed:
+            _log.warning("`%s` changes in forward; captured, it is a constant", name)
 
     def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
         return [

@@ -143,9 +143,10 @@ class Runtime:
             What the bare model would return for this rank's rows, with losses of the global batch.
         """
         signature, arrival = self._arrive(args, kwargs)
-        if not self.deployed:
-            self._deploy(args, kwargs, signature, arrival)
-        variant = self._variant(args, kwargs, signature, arrival)
+        with torch.inference_mode(mode=False):  # what lasts must be usable in training
+            if not self.deployed:
+                self._deploy(args, kwargs, signature, arrival)
+            variant = self._variant(args, kwargs, signature, arrival)
         inputs = [
             tensor.to(self.comm.device) for tensor in variant.captured.flatten_inputs(args, kwargs)
         ]

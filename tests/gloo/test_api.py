@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +117,9 @@ def round_trip(folder: str) -> dict[str, Any]:
     pyrannc.barrier()
     saved = torch.load(Path(folder) / "state.pt")
     other = pyrannc.RaNNCModule(make(5), config=config(1))
-    with torch.no_grad():
+    with torch.inference_mode():
         other(mine(batch()))
+    other(mine(batch())).sum().backward()
     other.load_state_dict(saved)
     for name in saved:
         if name != "shift":
@@ -145,7 +147,7 @@ def switch_modes() -> None:
     wrapped.eval()
     bare.eval()
     for rows in (8, 6, 2):
-        with torch.no_grad():
+        with torch.inference_mode() if rows == 6 else torch.no_grad():
             output = wrapped(mine(batch(rows)))
         assert not output.requires_grad
         torch.testing.assert_close(output, mine(bare(batch(rows))), rtol=1e-12, atol=1e-12)
@@ -253,3 +255,42 @@ def one_process() -> None:
 def test_one_process_needs_no_others() -> None:
     one_process()
     assert not torch.distributed.is_initialized()
+
+
+@dataclass
+class Question:
+    """An argument that holds its tensors in a dataclass."""
+
+    x: torch.Tensor
+    extra: list[torch.Tensor]
+    name: str = "plain"
+
+
+class Answering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make().eval()
+
+    def forward(self, question: Question, *, factor: float = 1.0) -> dict[str, Any]:
+        y = self.inner(question.x) + factor * question.extra[0]
+        return {"answer": (y, [y.sum(-1), None]), "name": question.name}
+
+
+def ask() -> None:
+    x = batch(6)
+    rows = slice(0, 4) if pyrannc.get_rank() == 0 else slice(4, 6)
+    wrapped = pyrannc.RaNNCModule(Answering(), config=config(2))
+    ours = wrapped(Question(x[rows], [x[rows] * 2]), factor=0.5)
+    theirs = Answering()(Question(x, [x * 2]), factor=0.5)
+    assert ours["name"] == "plain"
+    assert ours["answer"][1][1] is None
+    for found, wanted in (
+        (ours["answer"][0], theirs["answer"][0]),
+        (ours["answer"][1][0], theirs["answer"][1][0]),
+    ):
+        torch.testing.assert_close(found, wanted[rows], rtol=1e-12, atol=1e-12)
+    wrapped.undeploy()
+
+
+def test_arguments_and_results_may_be_nested(pools: Pools) -> None:
+    pools.run(2, ask)

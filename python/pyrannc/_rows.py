@@ -60,7 +60,7 @@ class Call:
         arguments: its arguments by the names of its schema, defaults filled in; sizes are
             expressions.
         rewrites: what the rule wants changed.
-        state_only: tells whether a value needs nothing but inputs and frozen state.
+        promoted: sums over the batch that are taken to be known before the step.
     """
 
     def __init__(self, node: fx.Node, what: Operator, analysis: _Analyser) -> None:
@@ -133,7 +133,7 @@ class _Analyser:
         return self.found
 
     def promotable(self, tensor: fx.Node) -> bool:
-        """Whether a sum over the batch needs only inputs and state that never changes."""
+        """Whether a sum over the batch needs only inputs and buffers that never change."""
         rewrites = [rewrite for rewrite in self.found.rewrites if rewrite.node is tensor]
         if [(rewrite.kind, rewrite.power) for rewrite in rewrites] == [("share", 1)]:
             # A mean: known as well, when weighted by rows.
@@ -150,7 +150,9 @@ class _Analyser:
             return True
         if tensor.op == "get_attr":
             state = getattr_path(self._module, str(tensor.target))
-            return tensor not in self._written and not state.requires_grad
+            # Parameters may lie on other processes.
+            is_parameter = isinstance(state, torch.nn.Parameter)
+            return tensor not in self._written and not is_parameter
         if operator_of(tensor) is None:
             return all(self._from_inputs(item) for item in tensor.all_input_nodes)
         if any(tensor is rewrite.node for rewrite in self.found.rewrites):

@@ -178,3 +178,18 @@ def test_losses_may_take_keywords_and_inputs_may_require_gradients() -> None:
     assert [graph.values[value]["name"] for value in graph.data["inputs"]] == ["y", "x"]
     assert [graph.values[v]["requires_grad"] for v in graph.data["inputs"]] == [False, True]
     check_against_bare(model, graph, (), {"y": y, "x": x})
+
+
+def test_counts_never_need_parameters() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+            self.weight = nn.Parameter(torch.ones(4), requires_grad=False)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.layer(x), y, weight=self.weight)
+
+    # A process that counts its targets may not hold the parameter.
+    graph = captured_graph(Model(), torch.randn(7, 3), torch.zeros(7, dtype=torch.long))
+    assert not graph.splittable

@@ -16,11 +16,12 @@ import torch
 
 from ._devices import move_operators
 from ._export import Program, export
-from ._flat import Flattener, is_value
+from ._flat import Flattener, is_value, operator_of
 from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
 from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure
+from ._opaque import Opaque
 from ._rows import RowAnalysis, analyse, getattr_path
 from ._sizes import ROWS
 from ._structure import Structure, flatten
@@ -91,6 +92,12 @@ class Captured:
         for module in [self.module, *(count.module for count in self.denominators)]:
             move_operators(module, device, owned)
         self.state.update({name: getattr_path(self.module, name) for name in owned})
+
+    @property
+    def runs_submodules(self) -> bool:
+        """Whether parts could not be captured and are called as they are; capture runs those."""
+        found = (operator_of(node) for node in self.node_by_key.values())
+        return any(isinstance(one.target, Opaque) for one in found if one is not None)
 
     def num_rows(self, tensors: list[torch.Tensor]) -> int:
         """How many rows the tensors of a call hold."""

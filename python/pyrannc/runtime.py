@@ -334,11 +334,17 @@ class Runtime:
 
     @contextlib.contextmanager
     def _materialized(self) -> Iterator[None]:
-        """Gives parameters that live elsewhere memory for a capture, which reads their shapes."""
-        for parameter in self._elsewhere:
-            parameter.data = torch.empty(
-                parameter.shape, dtype=parameter.dtype, device=parameter.device
-            )
+        """Gives parameters that live elsewhere memory for a capture, which reads their shapes.
+
+        Capture runs the submodules that it cannot look into; for those it gets the values too.
+        """
+        needs_values = any(variant.captured.runs_submodules for variant in self._variants.values())
+        for name, parameter in self.parameters.items():
+            if name not in self.holders.ranks:
+                continue
+            full = self.holders.everywhere(name, parameter, parameter) if needs_values else None
+            if not self.holders.is_local(name):
+                parameter.data = torch.empty_like(parameter) if full is None else full
         try:
             yield
         finally:

@@ -294,3 +294,42 @@ def ask() -> None:
 
 def test_arguments_and_results_may_be_nested(pools: Pools) -> None:
     pools.run(2, ask)
+
+
+class Stubborn(nn.Module):
+    """A submodule that capture cannot look into, between two that it can."""
+
+    class Middle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.abs().max().item() > 1e6:
+                return x
+            return torch.tanh(self.linear(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.middle = Stubborn.Middle()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+def evaluate_stubborn() -> None:
+    torch.manual_seed(0)
+    bare = Stubborn().double().eval()
+    torch.manual_seed(0)
+    wrapped = pyrannc.RaNNCModule(Stubborn().double(), config=config(2))
+    wrapped(mine(batch())).sum().backward()
+    wrapped.eval()
+    ours, theirs = wrapped(mine(batch())), bare(batch())
+    torch.testing.assert_close(ours, mine(theirs), rtol=1e-12, atol=1e-12)
+    wrapped.undeploy()
+
+
+def test_opaque_parts_are_evaluated_too(pools: Pools) -> None:
+    pools.run(2, evaluate_stubborn)

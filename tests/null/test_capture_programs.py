@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -103,6 +104,8 @@ def _one_thread() -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_are_captured(name: str) -> None:
+    if name in ("masked assignment", "distribution") and sys.version_info < (3, 11):
+        pytest.skip("on Python 3.10 torch exports it in a form whose batch is not split")
     model, bare = Program(PROGRAMS[name]).double(), Program(PROGRAMS[name]).double()
     x = torch.randn(6, 3).double()
     graph = captured_graph(model, x)

@@ -11,6 +11,12 @@ pub enum CostError {
         /// The name as given.
         found: String,
     },
+    /// A sharding level that nobody knows.
+    #[error("there is no sharding level `{found}`")]
+    UnknownSharding {
+        /// The name as given.
+        found: String,
+    },
     /// Text that is not JSON, or not of the form of a profile or cluster.
     #[error("the {what} is not valid JSON of its form: {source}")]
     Json {
@@ -72,6 +78,9 @@ impl CostError {
         let presets = || crate::cluster::PRESET_NAMES.join("`, `");
         Some(match self {
             Self::UnknownSchedule { .. } => "use `fill_drain` or `1f1b`".into(),
+            Self::UnknownSharding { .. } => {
+                "use `none`, `optimizer`, `gradients` or `parameters`".into()
+            }
             Self::UnknownSignature { .. } => "profile the model again on this device".into(),
             Self::UnknownPreset { .. } => {
                 format!("use one of `{}`, or give all numbers in a cluster file", presets())

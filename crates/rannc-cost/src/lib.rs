@@ -7,6 +7,7 @@ mod memory;
 mod model;
 mod profile;
 mod schedule_kind;
+mod sharding;
 
 pub use cluster::{Cluster, Device};
 pub use comm::Link;
@@ -15,3 +16,4 @@ pub use memory::{StageMemory, StageSizes, Training, is_trained, working_bytes};
 pub use model::{AnalyticCosts, CostModel, ProfiledCosts};
 pub use profile::{Calibration, Profile, Sample};
 pub use schedule_kind::ScheduleKind;
+pub use sharding::Sharding;

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use fixedbitset::FixedBitSet;
-use rannc_cost::{Cluster, CostModel, ScheduleKind, Training};
-use rannc_graph::Graph;
+use rannc_cost::{Cluster, CostModel, ScheduleKind, Sharding, Training};
+use rannc_graph::{Graph, NodeId};
 
 use crate::error::Bytes;
 use crate::interval::Intervals;
@@ -69,16 +69,22 @@ impl Options {
 }
 
 /// A stage of a candidate.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StageCandidate {
     /// Its operators, with those that are cloned into it.
     pub nodes: FixedBitSet,
-    /// On how many devices it runs.
-    pub replicas: usize,
+    /// The devices of its replicas, ascending.
+    pub ranks: Vec<u32>,
+    /// In which proportion the replicas divide the rows of a microbatch; equally if empty.
+    pub shares: Vec<u64>,
+    /// What each replica keeps only a part of.
+    pub sharding: Sharding,
+    /// Convex groups of operators whose inner values are computed again in backward.
+    pub recompute: Vec<Vec<NodeId>>,
 }
 
-/// A way to train the model. Stages are in the order in which values flow; the first takes ranks
-/// `0..replicas`, the next the ranks after those. Ranks that remain are idle.
+/// A way to train the model. Stages are in the order in which values flow; ranks in none of them
+/// are idle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
     /// At least one.
@@ -156,8 +162,9 @@ pub fn search(
 fn trivial(graph: &Graph, options: &Options) -> Candidate {
     let nodes = FixedBitSet::with_capacity(graph.nodes().len());
     let replicas = options.num_replicas.unwrap_or(options.num_devices);
+    let ranks = (0..replicas as u32).collect();
     Candidate {
-        stages: vec![StageCandidate { nodes, replicas }],
+        stages: vec![StageCandidate { nodes, ranks, ..StageCandidate::default() }],
         microbatches: microbatch_candidates(options)[0],
         schedule: options.schedules[0],
         estimate_ns: 0,
@@ -309,10 +316,17 @@ impl Search<'_> {
     fn stages(&self, division: &Division, blocks: &Blocks) -> Vec<StageCandidate> {
         let ends = division.starts.iter().skip(1).copied().chain([blocks.len()]);
         let ranges = division.starts.iter().zip(ends).zip(&division.replicas);
+        let mut next = 0;
         ranges
             .map(|((&start, end), &replicas)| {
                 let atoms = blocks.atoms(start..end).iter().copied();
-                StageCandidate { nodes: self.atoms.stage(self.graph, atoms), replicas }
+                let ranks = next..next + replicas as u32;
+                next = ranks.end;
+                StageCandidate {
+                    nodes: self.atoms.stage(self.graph, atoms),
+                    ranks: ranks.collect(),
+                    ..StageCandidate::default()
+                }
             })
             .collect()
     }

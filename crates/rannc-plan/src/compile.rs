@@ -169,18 +169,9 @@ impl Planner<'_> {
     }
 
     fn place(&self, candidate: &Candidate) -> Placement {
-        let mut next = 0;
-        let mut ranks = Vec::new();
-        for stage in &candidate.stages {
-            let end = next + stage.replicas as u32;
-            ranks.push((next..end).collect());
-            next = end;
-        }
-        let nodes = candidate.stages.iter().map(|stage| stage.nodes.clone()).collect();
         Placement::new(
             self.graph,
-            nodes,
-            &ranks,
+            candidate.stages.clone(),
             self.world_size(),
             candidate.microbatches,
             candidate.schedule,
@@ -212,7 +203,14 @@ impl Planner<'_> {
             .iter()
             .map(|stage| PlanStage {
                 ranks: stage.ranks.clone(),
+                shares: stage.shares.clone(),
+                sharding: stage.sharding,
                 nodes: stage.nodes.iter().filter(is_listed).map(key).collect(),
+                recompute: stage
+                    .recompute
+                    .iter()
+                    .map(|group| group.iter().map(key).collect())
+                    .collect(),
             })
             .collect();
         Plan {
@@ -240,7 +238,7 @@ impl Planner<'_> {
         let mut stages = Vec::new();
         let mut memory = vec![StageMemory::default(); self.world_size() as usize];
         for (index, stage) in candidate.stages.iter().enumerate() {
-            let rows = self.rows_per_replica(candidate, stage.replicas);
+            let rows = self.rows_per_replica(candidate, stage.ranks.len());
             stages.push(StageEstimate {
                 rows,
                 forward_ns: timing.sum(index, rows, Direction::Forward),

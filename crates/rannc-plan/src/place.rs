@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fixedbitset::FixedBitSet;
-use rannc_cost::ScheduleKind;
+use rannc_cost::{ScheduleKind, Sharding};
 use rannc_graph::{Graph, NodeId, Rows, Users, Value, ValueId, ValueKind};
+use rannc_partition::StageCandidate;
 use rannc_schedule::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, Program, RankId, Stage, StageId, Transport,
 };
@@ -16,6 +17,10 @@ use crate::{Plan, PlanError};
 pub struct PlacedStage {
     /// The processes that hold a replica, ascending.
     pub ranks: Vec<u32>,
+    /// In which proportion these divide the rows of a microbatch; equally if empty.
+    pub shares: Vec<u64>,
+    /// What each replica keeps only a part of.
+    pub sharding: Sharding,
     /// Its operators in topological order, those that depend on no input included.
     pub nodes: Vec<NodeId>,
     /// Values it receives, ascending.
@@ -24,6 +29,9 @@ pub struct PlacedStage {
     pub outputs: Vec<ValueId>,
     /// Parameters, buffers and constants it reads, ascending.
     pub state: Vec<ValueId>,
+    /// Convex groups of its operators whose inner values are computed again in backward; each in
+    /// topological order.
+    pub recompute: Vec<Vec<NodeId>>,
 }
 
 /// Parameters whose gradients are summed together: those held by exactly these ranks.
@@ -60,8 +68,13 @@ impl Plan {
     pub fn place(&self, graph: &Graph) -> Result<Placement, PlanError> {
         self.check_form()?;
         let nodes = rannc_partition::assign(graph, &self.wanted(), self.stages.len());
-        let ranks: Vec<_> = self.stages.iter().map(|stage| stage.ranks.clone()).collect();
-        Ok(Placement::new(graph, nodes, &ranks, self.world_size, self.microbatches, self.schedule))
+        let stages = nodes.into_iter().zip(&self.stages).map(|(nodes, stage)| {
+            let recompute = recomputed(graph, &nodes, &stage.recompute);
+            let (ranks, shares) = (stage.ranks.clone(), stage.shares.clone());
+            StageCandidate { nodes, ranks, shares, sharding: stage.sharding, recompute }
+        });
+        let (microbatches, schedule) = (self.microbatches, self.schedule);
+        Ok(Placement::new(graph, stages.collect(), self.world_size, microbatches, schedule))
     }
 
     /// Checks that the plan is one for this graph and this many processes, and can be carried out.
@@ -157,6 +170,22 @@ impl Plan {
     }
 }
 
+/// The groups of a stage to compute again, by what this graph knows of their keys.
+fn recomputed(graph: &Graph, nodes: &FixedBitSet, groups: &[Vec<String>]) -> Vec<Vec<NodeId>> {
+    if groups.is_empty() {
+        return Vec::new();
+    }
+    let ids: BTreeMap<&str, NodeId> =
+        nodes.ones().map(NodeId::new).map(|id| (graph.node(id).key.as_str(), id)).collect();
+    let known = groups.iter().map(|group| {
+        let mut known: Vec<NodeId> =
+            group.iter().filter_map(|key| ids.get(key.as_str()).copied()).collect();
+        known.sort_unstable();
+        known
+    });
+    known.filter(|group| !group.is_empty()).collect()
+}
+
 fn invalid<T>(problem: String) -> Result<T, PlanError> {
     Err(PlanError::Invalid { problem })
 }
@@ -165,16 +194,16 @@ impl Placement {
     /// Lays stages of operators over ranks.
     pub(crate) fn new(
         graph: &Graph,
-        mut nodes: Vec<FixedBitSet>,
-        ranks: &[Vec<u32>],
+        mut parts: Vec<StageCandidate>,
         world_size: u32,
         microbatches: u64,
         schedule: ScheduleKind,
     ) -> Self {
         let users = graph.users();
-        place_returned_constants(graph, &mut nodes);
+        place_returned_constants(graph, &mut parts);
+        let nodes: Vec<FixedBitSet> = parts.iter().map(|part| part.nodes.clone()).collect();
         let flows = flows(graph, &nodes, &users);
-        let stages = placed_stages(graph, &nodes, ranks, &flows);
+        let stages = placed_stages(graph, parts, &flows);
         let groups = gradient_groups(graph, &stages);
         let holders = holders(graph, &stages);
         let pipeline = Pipeline {
@@ -183,6 +212,7 @@ impl Placement {
                 .iter()
                 .map(|stage| Stage {
                     ranks: stage.ranks.iter().map(|&rank| RankId(rank)).collect(),
+                    shares: stage.shares.clone(),
                     backward: differentiates(graph, stage),
                 })
                 .collect(),
@@ -222,14 +252,14 @@ impl Placement {
 }
 
 /// A result that depends on no input may have no user; the first stage then makes it.
-fn place_returned_constants(graph: &Graph, nodes: &mut [FixedBitSet]) {
+fn place_returned_constants(graph: &Graph, parts: &mut [StageCandidate]) {
     for &output in graph.outputs() {
         let mut needed: Vec<NodeId> = graph.producer(output).into_iter().collect();
-        if needed.iter().any(|id| nodes.iter().any(|stage| stage.contains(id.index()))) {
+        if needed.iter().any(|id| parts.iter().any(|part| part.nodes.contains(id.index()))) {
             continue;
         }
         while let Some(id) = needed.pop() {
-            if !nodes[0].put(id.index()) {
+            if !parts[0].nodes.put(id.index()) {
                 needed.extend(graph.node(id).inputs.iter().filter_map(|&v| graph.producer(v)));
             }
         }
@@ -291,21 +321,18 @@ fn transport(value: &Value) -> Transport {
     }
 }
 
-fn placed_stages(
-    graph: &Graph,
-    nodes: &[FixedBitSet],
-    ranks: &[Vec<u32>],
-    flows: &[Flow],
-) -> Vec<PlacedStage> {
-    let mut stages: Vec<PlacedStage> = nodes
-        .iter()
-        .zip(ranks)
-        .map(|(part, ranks)| PlacedStage {
-            ranks: ranks.clone(),
-            nodes: part.ones().map(NodeId::new).collect(),
+fn placed_stages(graph: &Graph, parts: Vec<StageCandidate>, flows: &[Flow]) -> Vec<PlacedStage> {
+    let mut stages: Vec<PlacedStage> = parts
+        .into_iter()
+        .map(|part| PlacedStage {
+            ranks: part.ranks,
+            shares: part.shares,
+            sharding: part.sharding,
+            nodes: part.nodes.ones().map(NodeId::new).collect(),
             inputs: Vec::new(),
             outputs: Vec::new(),
-            state: state_of(graph, part),
+            state: state_of(graph, &part.nodes),
+            recompute: part.recompute,
         })
         .collect();
     for flow in flows {

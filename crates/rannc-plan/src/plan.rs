@@ -1,6 +1,6 @@
 //! What was decided, and what it was expected to cost.
 
-use rannc_cost::{ScheduleKind, StageMemory};
+use rannc_cost::{ScheduleKind, Sharding, StageMemory};
 use serde::{Deserialize, Serialize};
 
 /// A deployment: which ranks run which operators, in how many microbatches, in which order.
@@ -32,9 +32,19 @@ pub struct Plan {
 pub struct PlanStage {
     /// The processes that hold a replica of it, ascending.
     pub ranks: Vec<u32>,
+    /// In which proportion these divide the rows of a microbatch; equally if empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<u64>,
+    /// What each replica keeps only a part of.
+    #[serde(default, skip_serializing_if = "Sharding::is_none")]
+    pub sharding: Sharding,
     /// Keys of its operators. Those that depend on no input run wherever they are needed and are not
     /// listed.
     pub nodes: Vec<String>,
+    /// Groups of operators whose inner values are not kept but computed again in backward. Each group
+    /// is convex: no path leaves and enters it again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recompute: Vec<Vec<String>>,
 }
 
 /// What a plan is expected to cost.

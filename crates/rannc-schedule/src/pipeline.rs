@@ -98,6 +98,9 @@ pub struct Flow {
 pub struct Stage {
     /// Its replicas, ascending.
     pub ranks: Vec<RankId>,
+    /// In which proportion the rows of a microbatch are divided among the replicas; equally if empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<u64>,
     /// Whether there is anything to differentiate in it.
     pub backward: bool,
 }
@@ -313,7 +316,7 @@ mod tests {
     use super::{Batch, Flow, GradientGroup, Pipeline, Place, RankId, Stage, StageId, Transport};
 
     fn pipeline() -> Pipeline {
-        let stage = |rank| Stage { ranks: vec![RankId(rank)], backward: true };
+        let stage = |rank| Stage { ranks: vec![RankId(rank)], shares: Vec::new(), backward: true };
         let flow = |value, from, to| Flow {
             value,
             transport: Transport::Split,

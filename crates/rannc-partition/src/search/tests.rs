@@ -12,7 +12,7 @@ fn plan(graph: &Graph, cluster: &str, options: &Options) -> Result<Vec<Candidate
 }
 
 fn replicas(candidate: &Candidate) -> Vec<usize> {
-    candidate.stages.iter().map(|stage| stage.replicas).collect()
+    candidate.stages.iter().map(|stage| stage.ranks.len()).collect()
 }
 
 fn unsplittable(graph: &Graph) -> Graph {
@@ -243,8 +243,8 @@ proptest! {
             prop_assert_eq!(stages_are_valid(&graph, &nodes), Ok(()));
             prop_assert!(replicas(candidate).iter().sum::<usize>() <= num_devices);
             for (index, stage) in candidate.stages.iter().enumerate() {
-                prop_assert!(stage.replicas as u64 * candidate.microbatches <= batch_rows);
-                let rows = batch_rows.div_ceil(candidate.microbatches * stage.replicas as u64);
+                prop_assert!(stage.ranks.len() as u64 * candidate.microbatches <= batch_rows);
+                let rows = batch_rows.div_ceil(candidate.microbatches * stage.ranks.len() as u64);
                 let in_flight = match candidate.schedule {
                     ScheduleKind::FillDrain => candidate.microbatches,
                     ScheduleKind::OneForwardOneBackward =>

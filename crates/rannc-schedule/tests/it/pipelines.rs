@@ -30,7 +30,11 @@ pub(crate) fn chain(world_size: u32, replicas: &[&[u32]]) -> Pipeline {
         flows.push(flow(index, Transport::Split, stage(index - 1), &[stage(index)]));
     }
     flows.push(flow(last, Transport::Sum, stage(last - 1), &[Place::Sink]));
-    let stages = replicas.iter().map(|list| Stage { ranks: ranks(list), backward: true });
+    let stages = replicas.iter().map(|list| Stage {
+        ranks: ranks(list),
+        shares: Vec::new(),
+        backward: true,
+    });
     let groups = replicas.iter().zip(0..).map(|(list, id)| GradientGroup {
         id,
         ranks: ranks(list),

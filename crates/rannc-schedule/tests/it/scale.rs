@@ -25,7 +25,11 @@ fn a_thousand_ranks() {
     let mut pipeline = chain(1024, &[&[0u32] as &[u32]; 8]);
     for (index, stage) in pipeline.stages.iter_mut().enumerate() {
         let first = 128 * u32::try_from(index).unwrap();
-        *stage = Stage { ranks: (first..first + 128).map(RankId).collect(), backward: true };
+        *stage = Stage {
+            ranks: (first..first + 128).map(RankId).collect(),
+            shares: Vec::new(),
+            backward: true,
+        };
         pipeline.gradient_groups[index].ranks.clone_from(&stage.ranks);
     }
     pipeline.flows.push(flow(50, Transport::Split, stage(0), &[stage(7), Place::Sink]));

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::CostError;
 
 /// What each replica of a stage keeps only a part of; each level includes those before it
-/// (ZeRO, Rajbhandari et al. 2020, section 5).
+/// (`ZeRO`, Rajbhandari et al. 2020, section 5).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]

@@ -7,7 +7,7 @@ use rannc_cost::{
 };
 use rannc_graph::{Graph, NodeId, Rows, Users, ValueId};
 use rannc_partition::Candidate;
-use rannc_schedule::{Memory, Mode, RankId, StageId, Timing};
+use rannc_schedule::{GradientGroup, Memory, Mode, RankId, StageId, Timing};
 
 use crate::{Estimates, Placement, Plan, PlanError, PlanStage, RankEstimate, StageEstimate};
 
@@ -275,7 +275,7 @@ impl Planner<'_> {
     fn all_reduce_ns(&self, stage: usize, placement: &Placement) -> u64 {
         let id = StageId::new(stage);
         let groups = &placement.pipeline.gradient_groups;
-        let bytes_of = |group: &rannc_schedule::GradientGroup| {
+        let bytes_of = |group: &GradientGroup| {
             let ranks: Vec<u32> = group.ranks.iter().map(|rank| rank.0).collect();
             self.cluster.all_reduce_ns(group.bytes, &ranks)
         };
@@ -314,11 +314,11 @@ impl<'a> StageTiming<'a> {
 }
 
 impl Timing for StageTiming<'_> {
-    fn forward_ns(&self, stage: StageId, rows: u64) -> u64 {
+    fn forward_ns(&self, stage: StageId, _: RankId, rows: u64) -> u64 {
         self.sum(stage.index(), rows, Direction::Forward)
     }
 
-    fn backward_ns(&self, stage: StageId, rows: u64) -> u64 {
+    fn backward_ns(&self, stage: StageId, _: RankId, rows: u64) -> u64 {
         self.sum(stage.index(), rows, Direction::Backward)
     }
 
@@ -326,7 +326,11 @@ impl Timing for StageTiming<'_> {
         self.planner.cluster.transfer_ns(bytes, from.0, to.0)
     }
 
-    fn all_reduce_ns(&self, bytes: u64, ranks: &[RankId]) -> u64 {
+    fn reduce_gradients_ns(&self, group: &GradientGroup) -> u64 {
+        self.reduce_output_ns(group.bytes, &group.ranks)
+    }
+
+    fn reduce_output_ns(&self, bytes: u64, ranks: &[RankId]) -> u64 {
         let ranks: Vec<u32> = ranks.iter().map(|rank| rank.0).collect();
         self.planner.cluster.all_reduce_ns(bytes, &ranks)
     }

@@ -164,10 +164,11 @@ impl<'a> Clock<'a> {
         let taken = self.touched(at.rank, action, Access::Take);
         let ready = taken.iter().map(|&resource| self.ready[resource as usize]);
         let start = ready.fold(self.now(at.rank), u64::max);
+        let rank = RankId(at.rank);
         let duration = if forward {
-            self.timing.forward_ns(stage, rows)
+            self.timing.forward_ns(stage, rank, rows)
         } else {
-            self.timing.backward_ns(stage, rows)
+            self.timing.backward_ns(stage, rank, rows)
         };
         let end = start.saturating_add(duration);
         let keeps = forward && self.training && self.pipeline.stages[stage.index()].backward;
@@ -283,19 +284,18 @@ impl Observer for Clock<'_> {
                 start = start.max(self.ready[resource as usize]);
             }
         }
-        let ranks: Vec<RankId> = arrived.iter().map(|at| RankId(at.rank)).collect();
-        let bytes = match action {
-            Action::ReduceGradients { group } => {
-                let index = self.resources.group(*group);
-                index.map_or(0, |index| self.pipeline.gradient_groups[index].bytes)
-            }
-            Action::ReduceOutput { value } => {
-                let index = self.resources.flow(*value);
-                index.map_or(0, |index| self.pipeline.flows[index].bytes.at(0))
-            }
-            _ => 0,
+        let duration = match action {
+            Action::ReduceGradients { group } => self.resources.group(*group).map(|index| {
+                self.timing.reduce_gradients_ns(&self.pipeline.gradient_groups[index])
+            }),
+            Action::ReduceOutput { value } => self.resources.flow(*value).map(|index| {
+                let ranks: Vec<RankId> = arrived.iter().map(|at| RankId(at.rank)).collect();
+                self.timing.reduce_output_ns(self.pipeline.flows[index].bytes.at(0), &ranks)
+            }),
+            _ => None,
         };
-        let end = start.saturating_add(self.timing.all_reduce_ns(bytes, &ranks));
+        let duration = duration.expect("all actions were looked up before the simulation");
+        let end = start.saturating_add(duration);
         for &at in arrived {
             self.ranks[at.rank as usize].now = end;
             self.event(at, start, end);

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::run::{At, Fault};
 use crate::simulate::{Event, Memory, Timeline, Timing, simulate};
-use crate::{Action, Pipeline, Program, RankId, ScheduleError, StageId};
+use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, StageId};
 
 /// How many ranks before and after the wrong one an error shows.
 const RANKS_AROUND: usize = 4;
@@ -32,16 +32,19 @@ pub fn grid(program: &Program, pipeline: &Pipeline) -> Result<String, ScheduleEr
 struct Ticks;
 
 impl Timing for Ticks {
-    fn forward_ns(&self, _: StageId, _: u64) -> u64 {
+    fn forward_ns(&self, _: StageId, _: RankId, _: u64) -> u64 {
         1
     }
-    fn backward_ns(&self, _: StageId, _: u64) -> u64 {
+    fn backward_ns(&self, _: StageId, _: RankId, _: u64) -> u64 {
         1
     }
     fn transfer_ns(&self, _: u64, _: RankId, _: RankId) -> u64 {
         0
     }
-    fn all_reduce_ns(&self, _: u64, _: &[RankId]) -> u64 {
+    fn reduce_gradients_ns(&self, _: &GradientGroup) -> u64 {
+        0
+    }
+    fn reduce_output_ns(&self, _: u64, _: &[RankId]) -> u64 {
         0
     }
 }

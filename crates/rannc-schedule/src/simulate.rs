@@ -13,18 +13,20 @@ use crate::clock::Clock;
 use crate::depend::{Ledger, Resources};
 use crate::render;
 use crate::run::{At, Matching, Progress, Run, positions};
-use crate::{Action, Pipeline, Program, RankId, ScheduleError, StageId};
+use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, StageId};
 
-/// How long things take.
+/// How long things take, in nanoseconds.
 pub trait Timing {
-    /// Running a stage on this many rows.
-    fn forward_ns(&self, stage: StageId, rows: u64) -> u64;
-    /// Differentiating a stage on this many rows.
-    fn backward_ns(&self, stage: StageId, rows: u64) -> u64;
+    /// Running a stage on this many rows on one of its ranks.
+    fn forward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64;
+    /// Differentiating a stage on this many rows on one of its ranks.
+    fn backward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64;
     /// Moving bytes between two ranks.
     fn transfer_ns(&self, bytes: u64, from: RankId, to: RankId) -> u64;
-    /// Adding up bytes between ranks.
-    fn all_reduce_ns(&self, bytes: u64, ranks: &[RankId]) -> u64;
+    /// Adding up the gradients of a group between its ranks.
+    fn reduce_gradients_ns(&self, group: &GradientGroup) -> u64;
+    /// Adding up an output of this size between ranks.
+    fn reduce_output_ns(&self, bytes: u64, ranks: &[RankId]) -> u64;
 }
 
 /// How much memory work keeps.

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use rannc_schedule::{
-    Action, Memory, Mode, Pipeline, Place, Program, RankId, ScheduleError, ScheduleKind, StageId,
-    Timeline, Timing, Transport, chrome_trace, compile, simulate,
+    Action, GradientGroup, Memory, Mode, Pipeline, Place, Program, RankId, ScheduleError,
+    ScheduleKind, StageId, Timeline, Timing, Transport, chrome_trace, compile, simulate,
 };
 
 use crate::pipelines::{Case, batch, cases, chain};
@@ -15,16 +15,19 @@ struct Steady {
 }
 
 impl Timing for Steady {
-    fn forward_ns(&self, stage: StageId, _: u64) -> u64 {
+    fn forward_ns(&self, stage: StageId, _: RankId, _: u64) -> u64 {
         10 + u64::from(stage.0)
     }
-    fn backward_ns(&self, stage: StageId, rows: u64) -> u64 {
-        2 * self.forward_ns(stage, rows)
+    fn backward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
+        2 * self.forward_ns(stage, rank, rows)
     }
     fn transfer_ns(&self, _: u64, _: RankId, _: RankId) -> u64 {
         self.transfer_ns
     }
-    fn all_reduce_ns(&self, _: u64, ranks: &[RankId]) -> u64 {
+    fn reduce_gradients_ns(&self, group: &GradientGroup) -> u64 {
+        3 * group.ranks.len() as u64
+    }
+    fn reduce_output_ns(&self, _: u64, ranks: &[RankId]) -> u64 {
         3 * ranks.len() as u64
     }
 }
@@ -59,7 +62,7 @@ fn critical_path(pipeline: &Pipeline) -> u64 {
             Place::Stage(stage) => ends[stage.index()],
             _ => 0,
         });
-        ends.push(ready.max().unwrap_or(0) + timing.forward_ns(StageId::new(index), 1));
+        ends.push(ready.max().unwrap_or(0) + timing.forward_ns(StageId::new(index), RankId(0), 1));
     }
     ends.into_iter().max().unwrap_or(0)
 }

@@ -3,6 +3,7 @@
 //!
 //! The benches print Markdown tables; nothing of the product depends on this crate.
 
+pub mod baselines;
 mod builder;
 pub mod models;
 

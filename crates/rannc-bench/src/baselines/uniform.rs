@@ -1,0 +1,119 @@
+//! Planners that give every stage equally many devices.
+
+use std::ops::RangeInclusive;
+
+use super::Setting;
+use super::line::Line;
+use super::proposal::{Assessor, Order, Proposal, Recompute, SCHEDULES};
+
+/// How the line is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
+    /// Equally many operators, or equally many layers.
+    EqualCounts,
+    /// The least time of the slowest stage, between operators.
+    OperatorTime,
+    /// The least time of the slowest stage, between layers or between operators.
+    AnyTime,
+}
+
+/// Every number of stages that divides the devices, with every number of microbatches, schedule, way
+/// to compute again, and order of ranks.
+pub(super) fn proposals(assessor: &Assessor, cut: Cut) -> Vec<Proposal> {
+    let Setting { cluster, .. } = assessor.setting;
+    let num_devices = cluster.devices.len();
+    let mut found = Vec::new();
+    for stages in (1..=num_devices).filter(|stages| num_devices.is_multiple_of(*stages)) {
+        let replicas = num_devices / stages;
+        for microbatches in assessor.setting.microbatches(replicas) {
+            let rows = assessor.rows(microbatches, replicas);
+            for starts in divisions(assessor.line, cut, stages, rows) {
+                for schedule in SCHEDULES {
+                    for recompute in Recompute::ALL {
+                        for order in Order::ALL {
+                            found.push(Proposal {
+                                starts: starts.clone(),
+                                ranks: order.ranks(stages, replicas),
+                                microbatches,
+                                schedule,
+                                recompute,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    found
+}
+
+fn divisions(line: &Line, cut: Cut, stages: usize, rows: u64) -> Vec<Vec<usize>> {
+    let operators: Vec<usize> = (0..line.len()).collect();
+    let time = |bounds: &[usize]| balanced(line, bounds, stages, rows);
+    let found = match cut {
+        Cut::EqualCounts => [equal(&operators, stages), equal(&line.layers, stages)],
+        Cut::OperatorTime => [time(&operators), None],
+        Cut::AnyTime => [time(&line.layers), time(&operators)],
+    };
+    found.into_iter().flatten().collect()
+}
+
+/// Equally many units for each stage.
+fn equal(units: &[usize], stages: usize) -> Option<Vec<usize>> {
+    let unit = |stage: usize| units[stage * units.len() / stages];
+    (stages <= units.len()).then(|| (0..stages).map(unit).collect())
+}
+
+/// The division into stages whose slowest takes the least time: bisection over that time, with a
+/// greedy check.
+fn balanced(line: &Line, units: &[usize], stages: usize, rows: u64) -> Option<Vec<usize>> {
+    if stages > units.len() {
+        return None;
+    }
+    let elapsed = line.elapsed(rows);
+    let ends = units.iter().copied().chain([line.len()]);
+    let times: Vec<u64> = ends.map(|end| elapsed[end].forward + elapsed[end].backward).collect();
+    let total = times[units.len()];
+    let mut range: RangeInclusive<u64> = total / stages as u64..=total;
+    while range.start() < range.end() {
+        let middle = range.start().midpoint(*range.end());
+        if greedy(&times, stages, middle).is_some() {
+            range = *range.start()..=middle;
+        } else {
+            range = middle + 1..=*range.end();
+        }
+    }
+    let starts = greedy(&times, stages, *range.end())?;
+    Some(starts.into_iter().map(|unit| units[unit]).collect())
+}
+
+/// The first unit of each stage if none may take more than `limit`.
+fn greedy(times: &[u64], stages: usize, limit: u64) -> Option<Vec<usize>> {
+    let units = times.len() - 1;
+    let mut starts = Vec::with_capacity(stages);
+    let mut start = 0;
+    for stage in 0..stages {
+        starts.push(start);
+        // Every later stage needs a unit.
+        let last = units - (stages - 1 - stage);
+        let end = times.partition_point(|&time| time <= times[start].saturating_add(limit)) - 1;
+        start = end.min(last);
+        if start == starts[stage] {
+            return None;
+        }
+    }
+    (start == units).then_some(starts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::greedy;
+
+    #[test]
+    fn no_stage_is_empty_and_none_above_the_limit() {
+        let times = [0, 4, 5, 6, 7, 11];
+        assert_eq!(greedy(&times, 3, 4), Some(vec![0, 1, 4]));
+        assert_eq!(greedy(&times, 3, 3), None);
+        assert_eq!(greedy(&times, 5, 11), Some(vec![0, 1, 2, 3, 4]));
+    }
+}

@@ -30,6 +30,9 @@ use crate::{CostError, Link};
 const GIB: u64 = 1 << 30;
 const GIGA: u64 = 1_000_000_000;
 
+/// A longer name than this is surely a mistake; each device has one.
+const MAX_NAME_BYTES: usize = 256;
+
 /// The kinds with built-in numbers.
 pub(crate) const PRESET_NAMES: [&str; 5] =
     ["v100-32gb", "a100-40gb", "a100-80gb", "h100-80gb", "cpu"];
@@ -131,6 +134,9 @@ fn one() -> u32 {
 }
 
 impl Cluster {
+    /// More devices than this are surely a mistake.
+    pub const MAX_DEVICES: u32 = 1 << 16;
+
     /// `num_nodes` nodes of `devices_per_node` devices of a preset kind.
     ///
     /// # Errors
@@ -138,6 +144,8 @@ impl Cluster {
     /// [`CostError::UnknownPreset`], or [`CostError::BadCluster`] when there is no device.
     pub fn uniform(kind: &str, num_nodes: u32, devices_per_node: u32) -> Result<Self, CostError> {
         let numbers = preset(kind)?;
+        let name = format!("{kind}:{num_nodes}x{devices_per_node}");
+        refuse_too_many(&name, u64::from(num_nodes) * u64::from(devices_per_node))?;
         let device = |node| Device {
             kind: kind.to_owned(),
             memory_bytes: numbers.memory_bytes,
@@ -149,24 +157,19 @@ impl Cluster {
             .flat_map(|node| (0..devices_per_node).map(move |_| node))
             .map(device)
             .collect();
-        Self {
-            name: format!("{kind}:{num_nodes}x{devices_per_node}"),
-            devices,
-            intra_node: numbers.intra_node,
-            inter_node: numbers.inter_node,
-        }
-        .checked()
+        Self { name, devices, intra_node: numbers.intra_node, inter_node: numbers.inter_node }
+            .checked()
     }
 
     /// Reads `kind:nodesxdevices`, `kind:devices` (one node) or `kind` (one device).
     ///
     /// # Errors
     ///
-    /// [`CostError::ClusterText`] or [`CostError::UnknownPreset`].
+    /// [`CostError::ClusterText`], [`CostError::UnknownPreset`] or [`CostError::BadCluster`].
     pub fn parse(text: &str) -> Result<Self, CostError> {
         let bad = || CostError::ClusterText { found: text.to_owned() };
         let count = |digits: &str| match digits.parse::<u32>() {
-            Ok(count) if (1..=1 << 16).contains(&count) => Ok(count),
+            Ok(count) if count > 0 => Ok(count),
             _ => Err(bad()),
         };
         let (kind, size) = text.trim().split_once(':').unwrap_or((text.trim(), "1x1"));
@@ -206,6 +209,9 @@ impl Cluster {
     }
 
     fn from_file(file: File) -> Result<Self, CostError> {
+        let counts = file.devices.iter().map(|entry| u64::from(entry.count));
+        refuse_too_many(&file.name, counts.sum())?;
+        refuse_long_names(&file)?;
         let mut devices = Vec::new();
         for entry in &file.devices {
             let device = entry.device()?;
@@ -223,23 +229,55 @@ impl Cluster {
     }
 
     fn checked(self) -> Result<Self, CostError> {
-        let links = [&self.intra_node, &self.inter_node];
+        let links = [("intra_node", &self.intra_node), ("inter_node", &self.inter_node)];
+        let slow = links.into_iter().find(|(_, link)| link.bytes_per_second == 0);
+        let idle = self.devices.iter().zip(0u32..).find_map(|(device, rank)| {
+            device.lacks().map(|field| (rank, device.kind.as_str(), field))
+        });
         let problem = if self.devices.is_empty() {
-            "it has no devices"
-        } else if links.iter().any(|link| link.bytes_per_second == 0) {
-            "a link moves 0 bytes per second"
-        } else if self.devices.iter().any(Device::is_idle) {
-            "a device has no memory or no speed"
+            "it has no devices, needed at least one".to_owned()
+        } else if let Some((field, _)) = slow {
+            format!("`{field}` has 0 for `bytes_per_second`, needed at least 1")
+        } else if let Some((rank, kind, field)) = idle {
+            format!("device {rank} (`{kind}`) has 0 for `{field}`, needed at least 1")
         } else {
             return Ok(self);
         };
-        Err(CostError::BadCluster { name: self.name, problem: problem.to_owned() })
+        Err(CostError::BadCluster { name: self.name, problem })
     }
 }
 
+fn refuse_too_many(name: &str, num_devices: u64) -> Result<(), CostError> {
+    if num_devices <= u64::from(Cluster::MAX_DEVICES) {
+        return Ok(());
+    }
+    let most = Cluster::MAX_DEVICES;
+    let problem = format!("it has {num_devices} devices, needed at most {most}");
+    Err(CostError::BadCluster { name: name.to_owned(), problem })
+}
+
+fn refuse_long_names(file: &File) -> Result<(), CostError> {
+    let kinds = file.devices.iter().zip(0u32..);
+    let kinds = kinds.map(|(entry, index)| (format!("the kind of `devices` {index}"), &entry.kind));
+    let long = [("its name".to_owned(), &file.name)]
+        .into_iter()
+        .chain(kinds)
+        .find(|(_, name)| name.len() > MAX_NAME_BYTES);
+    let Some((place, name)) = long else { return Ok(()) };
+    let problem = format!("{place} has {} bytes, needed at most {MAX_NAME_BYTES}", name.len());
+    let shown = file.name.chars().take(32).collect();
+    Err(CostError::BadCluster { name: shown, problem })
+}
+
 impl Device {
-    fn is_idle(&self) -> bool {
-        [self.memory_bytes, self.flops_per_second, self.memory_bytes_per_second].contains(&0)
+    /// The number without which nothing runs on it, where it is 0.
+    fn lacks(&self) -> Option<&'static str> {
+        let numbers = [
+            ("memory_bytes", self.memory_bytes),
+            ("flops_per_second", self.flops_per_second),
+            ("memory_bytes_per_second", self.memory_bytes_per_second),
+        ];
+        numbers.into_iter().find(|&(_, number)| number == 0).map(|(field, _)| field)
     }
 }
 
@@ -315,7 +353,36 @@ mod tests {
         assert_eq!(cluster.least_memory_bytes(3), 100);
         assert_eq!(cluster.link(0, 2).latency_ns, 7);
         assert_eq!(cluster.intra_node, Cluster::parse("v100-32gb").unwrap().intra_node);
-        assert!(Cluster::from_toml("devices = []").is_err());
         assert!(Cluster::from_toml("devices = [{kind = \"mine\"}]").is_err());
+    }
+
+    #[test]
+    fn unusable_clusters_name_the_place() {
+        let refused = |text: &str| Cluster::from_toml(text).unwrap_err().to_string();
+        let long = format!("devices = [{{kind = \"{}\"}}]", "k".repeat(1 << 20));
+        let found = [
+            refused("devices = []"),
+            refused("devices = [{kind = \"cpu\"}, {kind = \"cpu\", flops_per_second = 0}]"),
+            refused(
+                "devices = [{kind = \"cpu\"}]\n[intra_node]\nlatency_ns = 1\nbytes_per_second = 0",
+            ),
+            refused("devices = [{kind = \"cpu\", count = 4294967295}]"),
+            refused(&long),
+            Cluster::parse("cpu:65536x65536").unwrap_err().to_string(),
+            refused("devices = [{kind = \"cpu\", count = 4294967296}]"),
+        ];
+        insta::assert_snapshot!(found.join("\n"), @r#"
+        the cluster `` cannot be used: it has no devices, needed at least one
+        the cluster `` cannot be used: device 1 (`cpu`) has 0 for `flops_per_second`, needed at least 1
+        the cluster `` cannot be used: `intra_node` has 0 for `bytes_per_second`, needed at least 1
+        the cluster `` cannot be used: it has 4294967295 devices, needed at most 65536
+        the cluster `` cannot be used: the kind of `devices` 0 has 1048576 bytes, needed at most 256
+        the cluster `cpu:65536x65536` cannot be used: it has 4294967296 devices, needed at most 65536
+        the cluster file is not valid: TOML parse error at line 1, column 35
+          |
+        1 | devices = [{kind = "cpu", count = 4294967296}]
+          |                                   ^^^^^^^^^^
+        invalid value: integer `4294967296`, expected u32
+        "#);
     }
 }

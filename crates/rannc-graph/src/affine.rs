@@ -1,7 +1,9 @@
 //! Quantities that grow with the number of rows in the batch.
 
+use std::fmt;
 use std::ops::{Add, AddAssign};
 
+use serde::de::{Error, IgnoredAny, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// `per_row * rows + fixed`: a size, a byte count or an operation count as a function of the batch.
@@ -68,16 +70,41 @@ impl Serialize for Affine {
 
 impl<'de> Deserialize<'de> for Affine {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Form {
-            Fixed(i64),
-            Both(i64, i64),
+        deserializer.deserialize_any(AffineVisitor)
+    }
+}
+
+/// Reads either form; a derived reader would not say which number it could not take.
+struct AffineVisitor;
+
+impl<'de> Visitor<'de> for AffineVisitor {
+    type Value = Affine;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number below 2^63, or two of them as `[per_row, fixed]`")
+    }
+
+    fn visit_i64<E: Error>(self, fixed: i64) -> Result<Affine, E> {
+        Ok(Affine::fixed(fixed))
+    }
+
+    fn visit_u64<E: Error>(self, fixed: u64) -> Result<Affine, E> {
+        match i64::try_from(fixed) {
+            Ok(fixed) => Ok(Affine::fixed(fixed)),
+            Err(_) => Err(E::invalid_value(Unexpected::Unsigned(fixed), &self)),
         }
-        Ok(match Form::deserialize(deserializer)? {
-            Form::Fixed(fixed) => Self::fixed(fixed),
-            Form::Both(per_row, fixed) => Self { per_row, fixed },
-        })
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut numbers: A) -> Result<Affine, A::Error> {
+        let mut next = |index| {
+            let number = numbers.next_element::<i64>()?;
+            number.ok_or_else(|| A::Error::invalid_length(index, &self))
+        };
+        let (per_row, fixed) = (next(0)?, next(1)?);
+        if numbers.next_element::<IgnoredAny>()?.is_some() {
+            return Err(A::Error::invalid_length(3, &self));
+        }
+        Ok(Affine { per_row, fixed })
     }
 }
 
@@ -93,6 +120,19 @@ mod tests {
             serde_json::from_str::<Affine>("[5,-1]").unwrap(),
             Affine { per_row: 5, fixed: -1 }
         );
+    }
+
+    #[test]
+    fn other_forms_are_refused_with_their_place() {
+        let refused = |text| serde_json::from_str::<Affine>(text).unwrap_err().to_string();
+        let found = ["9223372036854775808", "1.5", "[1]", "[1, 2, 3]", "[1, 1e30]"].map(refused);
+        insta::assert_snapshot!(found.join("\n"), @"
+        invalid value: integer `9223372036854775808`, expected a whole number below 2^63, or two of them as `[per_row, fixed]` at line 1 column 19
+        invalid type: floating point `1.5`, expected a whole number below 2^63, or two of them as `[per_row, fixed]` at line 1 column 3
+        invalid length 1, expected a whole number below 2^63, or two of them as `[per_row, fixed]` at line 1 column 3
+        invalid length 3, expected a whole number below 2^63, or two of them as `[per_row, fixed]` at line 1 column 9
+        invalid type: floating point `1e+30`, expected i64 at line 1 column 8
+        ");
     }
 
     #[test]

@@ -55,6 +55,12 @@ pub enum GraphError {
         /// The key.
         key: String,
     },
+    /// What is said of the batch cannot be.
+    #[error("`batch`: {problem}")]
+    BadBatch {
+        /// What does not hold.
+        problem: String,
+    },
     /// A description contradicts itself.
     #[error("value `{value}`: {problem}")]
     BadValue {

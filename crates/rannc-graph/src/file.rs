@@ -96,8 +96,14 @@ fn short_hash(text: &str) -> String {
     half.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
 }
 
+/// More rows than this in a batch are surely a mistake.
+const MAX_ROWS: u64 = 1 << 40;
+/// A larger tensor than this, 8 PiB, is surely a mistake.
+const MAX_BYTES: u64 = 1 << 53;
+
 /// Checks every rule of a valid graph and returns the producer of each value.
 pub(crate) fn validate(
+    batch: &Batch,
     values: &[Value],
     nodes: &[Node],
     inputs: &[ValueId],
@@ -111,17 +117,24 @@ pub(crate) fn validate(
             Err(GraphError::Dangling { place: place.into(), value: id.0, num_values })
         }
     };
+    check_batch(batch)?;
     let mut available = vec![false; values.len()];
+    let mut names = FxHashSet::default();
     for (value, available) in values.iter().zip(&mut available) {
         *available = value.is_state();
-        check_value(value)?;
+        check_value(value, batch.rows)?;
+        if value.is_state() && !names.insert(value.name.as_str()) {
+            return Err(bad(
+                value,
+                "its name is used for another part of the model's state".into(),
+            ));
+        }
     }
     for &id in inputs {
         exists(id, "`inputs`")?;
         let value = &values[id.index()];
         if value.kind != ValueKind::Input {
-            let problem = "is listed as an input but has another kind".into();
-            return Err(GraphError::BadValue { value: value.name.clone(), problem });
+            return Err(bad(value, "it is listed as an input but has another kind".into()));
         }
         available[id.index()] = true;
     }
@@ -141,8 +154,9 @@ pub(crate) fn validate(
         }
         for &id in &node.outputs {
             exists(id, &place)?;
-            if available[id.index()] {
-                let value = values[id.index()].name.clone();
+            let value = &values[id.index()];
+            if available[id.index()] || value.kind != ValueKind::Activation {
+                let value = value.name.clone();
                 return Err(GraphError::ProducedTwice { node: node.key.clone(), value });
             }
             available[id.index()] = true;
@@ -159,7 +173,15 @@ pub(crate) fn validate(
     Ok(producers)
 }
 
-fn check_value(value: &Value) -> Result<(), GraphError> {
+fn check_batch(batch: &Batch) -> Result<(), GraphError> {
+    if batch.rows <= MAX_ROWS {
+        return Ok(());
+    }
+    let problem = format!("it has {} rows, needed at most {MAX_ROWS}", batch.rows);
+    Err(GraphError::BadBatch { problem })
+}
+
+fn check_value(value: &Value, rows: u64) -> Result<(), GraphError> {
     if let crate::Rows::Split { dim, outer, inner } = value.rows {
         let per_row = value.shape.get(dim as usize).map(|size| size.per_row);
         let expected = i64::try_from(outer.saturating_mul(inner)).unwrap_or(i64::MAX);
@@ -169,8 +191,19 @@ fn check_value(value: &Value) -> Result<(), GraphError> {
                  but its sizes are {}",
                 serde_json::to_string(&value.shape).unwrap_or_default()
             );
-            return Err(GraphError::BadValue { value: value.name.clone(), problem });
+            return Err(bad(value, problem));
         }
     }
+    if value.bytes(rows) > MAX_BYTES {
+        let problem = format!(
+            "with the {rows} rows that capture saw, its sizes {} make it larger than {MAX_BYTES} bytes",
+            serde_json::to_string(&value.shape).unwrap_or_default()
+        );
+        return Err(bad(value, problem));
+    }
     Ok(())
+}
+
+fn bad(value: &Value, problem: String) -> GraphError {
+    GraphError::BadValue { value: value.name.clone(), problem }
 }

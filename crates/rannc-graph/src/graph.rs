@@ -161,7 +161,7 @@ impl Graph {
         inputs: Vec<ValueId>,
         outputs: Vec<ValueId>,
     ) -> Result<Self, GraphError> {
-        let producers = crate::file::validate(&values, &nodes, &inputs, &outputs)?;
+        let producers = crate::file::validate(&batch, &values, &nodes, &inputs, &outputs)?;
         Ok(Self { name, batch, values, nodes, inputs, outputs, producers })
     }
 

@@ -3,14 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fixedbitset::FixedBitSet;
-use rannc_cost::{ScheduleKind, Sharding};
+use rannc_cost::{Cluster, ScheduleKind, Sharding};
 use rannc_graph::{Graph, NodeId, Rows, Users, Value, ValueId, ValueKind};
 use rannc_partition::StageCandidate;
 use rannc_schedule::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, Program, RankId, Stage, StageId, Transport,
 };
 
-use crate::{Plan, PlanError};
+use crate::{Plan, PlanError, PlanStage};
+
+/// More stages than this in a plan are surely a mistake.
+const MAX_STAGES: u64 = 1 << 14;
+/// More microbatches than this in a step are surely a mistake; no schedule takes more.
+const MAX_MICROBATCHES: u64 = 1 << 12;
+/// A larger share than this is surely a mistake; no batch has as many rows.
+const MAX_SHARE: u64 = 1 << 40;
 
 /// One stage of a [`Placement`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,16 +112,16 @@ impl Plan {
         {
             return invalid(format!("no stage runs the operator `{missing}`"));
         }
-        let parts = rannc_partition::assign(graph, &self.wanted(), self.stages.len());
-        for (index, (part, stage)) in parts.iter().zip(&self.stages).enumerate() {
-            let moved = stage.nodes.iter().find(|key| {
-                graph.nodes().iter().position(|node| &node.key == *key).is_some_and(|position| {
-                    batch_nodes.contains(position) && !part.contains(position)
-                })
-            });
-            if let Some(key) = moved {
+        let wanted = self.wanted();
+        let parts = rannc_partition::assign(graph, &wanted, self.stages.len());
+        for (position, node) in graph.nodes().iter().enumerate() {
+            let key = node.key.as_str();
+            let Some(&stage) = wanted.get(key).filter(|_| batch_nodes.contains(position)) else {
+                continue;
+            };
+            if !parts[stage].contains(position) {
                 return invalid(format!(
-                    "stage {index} cannot run `{key}`: it needs a value that a later stage makes, \
+                    "stage {stage} cannot run `{key}`: it needs a value that a later stage makes, \
                      or shares memory with an operator of another stage"
                 ));
             }
@@ -138,25 +145,22 @@ impl Plan {
             .collect()
     }
 
-    fn check_form(&self) -> Result<(), PlanError> {
-        if self.stages.is_empty() || self.microbatches == 0 || self.world_size == 0 {
-            return invalid(format!(
-                "it has {} stages, {} microbatches and {} processes; each must be at least 1",
-                self.stages.len(),
-                self.microbatches,
-                self.world_size
-            ));
+    /// Checks what can be told without a graph.
+    pub(crate) fn check_form(&self) -> Result<(), PlanError> {
+        let limits = [
+            ("stages", self.stages.len() as u64, MAX_STAGES),
+            ("processes", self.world_size.into(), Cluster::MAX_DEVICES.into()),
+            ("microbatches", self.microbatches, MAX_MICROBATCHES),
+        ];
+        for (what, found, limit) in limits {
+            if !(1..=limit).contains(&found) {
+                return invalid(format!("it has {found} {what}, needed 1 to {limit}"));
+            }
         }
         let mut owner: BTreeMap<&str, usize> = BTreeMap::new();
         for (index, stage) in self.stages.iter().enumerate() {
-            let ascending = stage.ranks.windows(2).all(|pair| pair[0] < pair[1]);
-            let last = stage.ranks.last().copied();
-            if !ascending || last.is_none_or(|last| last >= self.world_size) {
-                return invalid(format!(
-                    "stage {index} has ranks {:?}, needed at least one of 0 to {}, ascending",
-                    stage.ranks,
-                    self.world_size - 1
-                ));
+            if let Some(problem) = self.ranks_problem(stage) {
+                return invalid(format!("stage {index} {problem}"));
             }
             for key in &stage.nodes {
                 if let Some(other) = owner.insert(key, index) {
@@ -167,6 +171,26 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    fn ranks_problem(&self, stage: &PlanStage) -> Option<String> {
+        let PlanStage { ranks, shares, .. } = stage;
+        if ranks.is_empty() {
+            return Some("has no ranks, needed at least one".into());
+        }
+        let mut pairs = ranks.iter().zip(ranks.iter().skip(1));
+        if let Some((rank, next)) = pairs.find(|(rank, next)| rank >= next) {
+            return Some(format!("has rank {rank} before rank {next}, needed ascending"));
+        }
+        if let Some(rank) = ranks.iter().find(|&&rank| rank >= self.world_size) {
+            return Some(format!("has rank {rank}, needed 0 to {}", self.world_size - 1));
+        }
+        if !shares.is_empty() && shares.len() != ranks.len() {
+            let (shares, ranks) = (shares.len(), ranks.len());
+            return Some(format!("has {shares} shares for {ranks} ranks, needed one for each"));
+        }
+        let share = shares.iter().find(|share| !(1..=MAX_SHARE).contains(*share))?;
+        Some(format!("has a share of {share}, needed 1 to {MAX_SHARE}"))
     }
 }
 
@@ -410,7 +434,11 @@ fn pipeline_groups(graph: &Graph, stages: &[PlacedStage], groups: &[Group]) -> V
                 .filter(|(_, stage)| group.parameters.iter().any(|id| stage.state.contains(id)))
                 .map(|(stage, _)| StageId(stage as u32))
                 .collect(),
-            bytes: group.parameters.iter().map(|&id| graph.value(id).bytes(0)).sum(),
+            bytes: group
+                .parameters
+                .iter()
+                .map(|&id| graph.value(id).bytes(0))
+                .fold(0, u64::saturating_add),
         })
         .collect()
 }

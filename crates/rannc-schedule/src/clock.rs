@@ -187,7 +187,7 @@ impl<'a> Clock<'a> {
         self.hold_results(at.rank, forward, (stage, microbatch), rows, end);
         let rank = &mut self.ranks[at.rank as usize];
         rank.now = end;
-        rank.busy += duration;
+        rank.busy = rank.busy.saturating_add(duration);
         self.event(at, start, end);
     }
 

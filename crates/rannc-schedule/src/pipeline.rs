@@ -159,6 +159,8 @@ pub enum Mode {
 const MAX_ROWS: u64 = 1 << 40;
 /// More microbatches than this in a step are surely a mistake.
 const MAX_MICROBATCHES: u64 = 1 << 12;
+/// The parts that ranks and microbatches cut the batch into; each takes some hundred bytes.
+const MAX_PARTS: u32 = 1 << 24;
 
 impl Pipeline {
     /// Whether all parts agree with each other.
@@ -286,6 +288,10 @@ impl Batch {
                 found: self.microbatches,
                 limit: MAX_MICROBATCHES,
             });
+        }
+        let parts = self.microbatches.saturating_mul(self.rows.len() as u64);
+        if parts >= MAX_PARTS.into() {
+            return Err(ScheduleError::TooLarge { slots: parts, limit: MAX_PARTS });
         }
         let total = self.rows.iter().fold(0u64, |sum, &rows| sum.saturating_add(rows));
         if !(1..=MAX_ROWS).contains(&total) {

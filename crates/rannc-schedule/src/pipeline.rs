@@ -94,11 +94,16 @@ pub struct Flow {
 }
 
 /// A part of the model and the ranks that hold a copy of it.
+///
+/// The replicas divide the rows of each microbatch by cumulative rounding: of `n` rows, those before
+/// replica `i` are `n` times the shares before `i` over the sum of all shares, rounded down. So each
+/// replica has its exact part, rounded up or down.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// Its replicas, ascending.
     pub ranks: Vec<RankId>,
-    /// In which proportion the rows of a microbatch are divided among the replicas; equally if empty.
+    /// In which proportion the rows of a microbatch are divided among the replicas, a positive number
+    /// for each; equally if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<u64>,
     /// Whether there is anything to differentiate in it.
@@ -194,8 +199,10 @@ impl Pipeline {
             return Some("its ranks are not ascending".into());
         }
         let last = stage.ranks.last()?;
-        (last.0 >= self.world_size)
-            .then(|| format!("it is on rank {last}, but there are {} ranks", self.world_size))
+        if last.0 >= self.world_size {
+            return Some(format!("it is on rank {last}, but there are {} ranks", self.world_size));
+        }
+        stage.shares_problem()
     }
 
     fn flow_problem(&self, flow: &Flow) -> Option<String> {
@@ -271,6 +278,52 @@ impl Pipeline {
         self.flows.iter().filter(move |flow| {
             several && flow.transport == Transport::Sum && flow.to.contains(&Place::Sink)
         })
+    }
+}
+
+impl Stage {
+    /// Whether every replica has the same share.
+    pub fn shares_equally(&self) -> bool {
+        self.shares.windows(2).all(|pair| pair[0] == pair[1])
+    }
+
+    /// How many rows of a microbatch each replica has.
+    pub fn divide(&self, rows: u64) -> Vec<u64> {
+        let bounds = self.bounds(rows);
+        bounds.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+
+    /// Where the rows of each replica start, and the end of the last.
+    pub(crate) fn bounds(&self, rows: u64) -> Vec<u64> {
+        let share = |index: usize| self.shares.get(index).map_or(1, |&share| u128::from(share));
+        let mut before: Vec<u128> = vec![0];
+        before.extend((0..self.ranks.len()).scan(0, |sum, index| {
+            *sum += share(index);
+            Some(*sum)
+        }));
+        let all = before[self.ranks.len()].max(1);
+        let bound = |before: u128| u64::try_from(u128::from(rows) * before / all);
+        before
+            .into_iter()
+            .map(|part| bound(part).expect("a part of the rows is at most all"))
+            .collect()
+    }
+
+    /// What is wrong with the shares, if anything.
+    pub fn shares_problem(&self) -> Option<String> {
+        if self.shares.is_empty() {
+            return None;
+        }
+        if self.shares.len() != self.ranks.len() {
+            let (shares, ranks) = (self.shares.len(), self.ranks.len());
+            return Some(format!("it has {shares} shares for {ranks} ranks, needed one for each"));
+        }
+        if let Some(index) = self.shares.iter().position(|&share| share == 0) {
+            let rank = self.ranks[index];
+            return Some(format!("the share of rank {rank} is 0, needed at least 1"));
+        }
+        let sum = self.shares.iter().try_fold(0u64, |sum, &share| sum.checked_add(share));
+        sum.is_none().then(|| format!("its shares add up to more than {}", u64::MAX))
     }
 }
 
@@ -364,6 +417,12 @@ mod tests {
             problem(|pipeline| pipeline.stages[0].ranks.clear()),
             problem(|pipeline| pipeline.stages[1].ranks = vec![RankId(1), RankId(0)]),
             problem(|pipeline| pipeline.stages[1].ranks = vec![RankId(2)]),
+            problem(|pipeline| pipeline.stages[0].shares = vec![1, 2]),
+            problem(|pipeline| pipeline.stages[0].shares = vec![0]),
+            problem(|pipeline| {
+                pipeline.stages[0].ranks = vec![RankId(0), RankId(1)];
+                pipeline.stages[0].shares = vec![u64::MAX, 1];
+            }),
             problem(|pipeline| pipeline.flows[1].value = 0),
             problem(|pipeline| pipeline.flows[1].to.clear()),
             problem(|pipeline| pipeline.flows[1].to = vec![Place::Stage(StageId(0))]),
@@ -378,6 +437,9 @@ mod tests {
         stage 0: it has no replica
         stage 1: its ranks are not ascending
         stage 1: it is on rank 2, but there are 2 ranks
+        stage 0: it has 2 shares for 1 ranks, needed one for each
+        stage 0: the share of rank 0 is 0, needed at least 1
+        stage 0: its shares add up to more than 18446744073709551615
         value 0: it has more than one flow
         value 1: nobody uses it
         value 1: it flows from stage 0 back to stage 0
@@ -385,6 +447,19 @@ mod tests {
         value 1: its gradient goes to stage 0, which has no backward
         gradient group 0: its ranks are not those of its stages, ascending
         ");
+    }
+
+    #[test]
+    fn shares_divide_rows() {
+        let divide = |shares: &[u64], rows| {
+            let ranks = vec![RankId(0), RankId(1), RankId(2)];
+            Stage { ranks, shares: shares.to_vec(), backward: true }.divide(rows)
+        };
+        assert_eq!(divide(&[], 7), [2, 2, 3]);
+        assert_eq!(divide(&[5, 5, 5], 7), [2, 2, 3]);
+        assert_eq!(divide(&[4, 2, 1], 14), [8, 4, 2]);
+        assert_eq!(divide(&[4, 2, 1], 3), [1, 1, 1]);
+        assert_eq!(divide(&[1, u64::MAX - 2, 1], 1 << 40), [0, (1 << 40) - 1, 1]);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! Every rank's rows are cut into one part per microbatch, nearly equal over ranks and microbatches. A
 //! microbatch is its parts in rank order; its rows are numbered from 0 (*virtual* rows). A stage that all
-//! ranks hold leaves each part where it is; any other stage cuts the virtual rows into equal runs:
+//! ranks hold with equal shares leaves each part where it is; any other stage cuts the virtual rows into
+//! runs, as its shares say ([`Stage`]):
 //!
 //! ```text
 //!                     microbatch 0   microbatch 1
@@ -12,9 +13,10 @@
 //! virtual rows        a b f          c d e g
 //! on both ranks       a b | f        c d e | g      (no row moves)
 //! on two of three     a | b f        c d | e g
+//! on both, shares 3:1 a b | f        c d e | g
 //! ```
 
-use crate::{Batch, Pipeline, Place, RankId, RowRange, StageId};
+use crate::{Batch, Pipeline, Place, RankId, RowRange, Stage, StageId};
 
 /// The rows of one microbatch that one rank has at one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +68,10 @@ impl Layout {
         let sink = (!batch.gather).then(|| {
             source.iter().map(|parts| repeat_on_all_ranks(parts, pipeline.world_size)).collect()
         });
-        let everywhere = |stage: &crate::Stage| stage.ranks.len() == pipeline.world_size as usize;
+        let everywhere = |stage: &Stage| stage.ranks.len() == pipeline.world_size as usize;
         let stages = pipeline.stages.iter().map(|stage| {
-            let keep = batch.gather && everywhere(stage);
-            source.iter().map(|parts| divide(parts, &stage.ranks, keep)).collect()
+            let keep = batch.gather && everywhere(stage) && stage.shares_equally();
+            source.iter().map(|parts| divide(parts, stage, keep)).collect()
         });
         let stages = stages.collect();
         let all: u64 = batch.rows.iter().sum();
@@ -170,15 +172,15 @@ fn repeat_on_all_ranks(parts: &[Holding], world_size: u32) -> Vec<Holding> {
 }
 
 /// Divides a microbatch over the replicas of a stage.
-fn divide(parts: &[Holding], ranks: &[RankId], keep: bool) -> Vec<Holding> {
+fn divide(parts: &[Holding], stage: &Stage, keep: bool) -> Vec<Holding> {
     if keep {
         let stay = |part: &Holding| Holding { start: 0, total: part.rows.len(), ..*part };
         return parts.iter().map(stay).collect();
     }
     let all = parts.last().map_or(0, |part| part.rows.end);
-    let count = ranks.len() as u64;
-    let runs = ranks.iter().zip(0u64..).map(|(&rank, index)| {
-        let rows = RowRange::new(share(all, index, 0, count), share(all, index + 1, 0, count));
+    let bounds = stage.bounds(all);
+    let runs = stage.ranks.iter().zip(bounds.windows(2)).map(|(&rank, ends)| {
+        let rows = RowRange::new(ends[0], ends[1]);
         Holding { rank, rows, start: 0, total: rows.len() }
     });
     runs.filter(|holding| !holding.rows.is_empty()).collect()
@@ -207,7 +209,12 @@ pub(crate) fn overlaps(
 #[cfg(test)]
 mod tests {
     use super::{Holding, cut_microbatches, divide, overlaps};
-    use crate::RankId;
+    use crate::{RankId, Stage};
+
+    fn stage(ranks: &[u32], shares: &[u64]) -> Stage {
+        let ranks = ranks.iter().map(|&rank| RankId(rank)).collect();
+        Stage { ranks, shares: shares.to_vec(), backward: true }
+    }
 
     fn text(holdings: &[Holding]) -> String {
         let one = |holding: &Holding| {
@@ -227,23 +234,23 @@ mod tests {
     #[test]
     fn replicas_share_the_rows_evenly_or_keep_their_own() {
         let parts = &cut_microbatches(&[5, 2], 1)[0];
-        let ranks = [RankId(0), RankId(1)];
-        assert_eq!(text(&divide(parts, &ranks, true)), "0:5@0+0/5 5:7@1+0/2");
-        assert_eq!(text(&divide(parts, &ranks, false)), "0:3@0+0/3 3:7@1+0/4");
+        let both = stage(&[0, 1], &[]);
+        assert_eq!(text(&divide(parts, &both, true)), "0:5@0+0/5 5:7@1+0/2");
+        assert_eq!(text(&divide(parts, &both, false)), "0:3@0+0/3 3:7@1+0/4");
+        assert_eq!(text(&divide(parts, &stage(&[0, 1], &[3, 1]), false)), "0:5@0+0/5 5:7@1+0/2");
     }
 
     #[test]
     fn more_replicas_than_rows_leaves_some_idle() {
         let parts = &cut_microbatches(&[2], 1)[0];
-        let ranks = [RankId(0), RankId(1), RankId(2)];
-        assert_eq!(text(&divide(parts, &ranks, false)), "0:1@1+0/1 1:2@2+0/1");
+        assert_eq!(text(&divide(parts, &stage(&[0, 1, 2], &[]), false)), "0:1@1+0/1 1:2@2+0/1");
     }
 
     #[test]
     fn overlaps_are_the_shared_rows() {
         let parts = &cut_microbatches(&[6], 1)[0];
-        let two = divide(parts, &[RankId(0), RankId(1)], false);
-        let three = divide(parts, &[RankId(2), RankId(3), RankId(4)], false);
+        let two = divide(parts, &stage(&[0, 1], &[]), false);
+        let three = divide(parts, &stage(&[2, 3, 4], &[]), false);
         let mut found = Vec::new();
         overlaps(&two, &three, |from, to, rows| {
             found.push(format!("{rows} {}>{}", from.rank, to.rank));

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use rannc_schedule::{
-    Action, Flow, Mode, Pass, Place, Program, RankId, RowRange, Slot, StageId, Transport,
+    Action, Flow, Mode, Pass, Place, Program, RankId, RowRange, Slot, Stage, StageId, Transport,
 };
 
 use crate::pipelines::Case;
@@ -115,12 +115,15 @@ impl<'a> Interpreter<'a> {
     /// The rows of a microbatch that a replica works on.
     fn replica_rows(&self, stage: StageId, microbatch: u32, rank: u32) -> Vec<RowId> {
         let rows = &self.microbatches[microbatch as usize];
-        let ranks = &self.case.pipeline.stages[stage.0 as usize].ranks;
-        if self.case.batch.gather && ranks.len() == self.ranks().len() {
+        let Stage { ranks, shares, .. } = &self.case.pipeline.stages[stage.0 as usize];
+        let shares = if shares.is_empty() { vec![1; ranks.len()] } else { shares.clone() };
+        let equal = shares.iter().all(|&share| share == shares[0]);
+        if self.case.batch.gather && ranks.len() == self.ranks().len() && equal {
             return rows.iter().copied().filter(|row| row.0 == rank).collect();
         }
         let index = ranks.iter().position(|&other| other.0 == rank).unwrap();
-        let cut = |index: usize| index * rows.len() / ranks.len();
+        let sum = |shares: &[u64]| shares.iter().sum::<u64>() as usize;
+        let cut = |index: usize| rows.len() * sum(&shares[..index]) / sum(&shares);
         rows[cut(index)..cut(index + 1)].to_vec()
     }
 

@@ -57,13 +57,14 @@ pub(crate) struct Case {
     pub(crate) mode: Mode,
 }
 
-/// Everything at once: stages that share ranks or have none in common, idle ranks, ranks and replicas
-/// without rows, values over several stages, all transports, missing gradients, tied parameters.
+/// Everything at once: stages that share ranks or have none in common, uneven shares, idle ranks, ranks
+/// and replicas without rows, values over several stages, all transports, missing gradients, tied parameters.
 pub(crate) fn cases() -> impl Strategy<Value = Case> {
     (1..=5u32, 1..=5usize).prop_flat_map(|(world_size, num_stages)| {
         let all: Vec<u32> = (0..world_size).collect();
         let most = all.len().min(4);
-        let stage = (subsequence(all, 1..=most), prop::bool::weighted(0.85));
+        let shares = prop_oneof![Just(Vec::new()), prop::collection::vec(1..6u64, most)];
+        let stage = (subsequence(all, 1..=most), shares, prop::bool::weighted(0.85));
         let flow = (0..3u8, 0..num_stages, any::<u32>(), prop::bool::weighted(0.8));
         (
             prop::collection::vec(stage, num_stages),
@@ -76,15 +77,16 @@ pub(crate) fn cases() -> impl Strategy<Value = Case> {
 }
 
 fn case(
-    stages: &[(Vec<u32>, bool)],
+    stages: &[(Vec<u32>, Vec<u64>, bool)],
     extra: &[(u8, usize, u32, bool)],
     mut rows: Vec<u64>,
     (gather, microbatches, interleaved, training): (bool, u64, bool, bool),
 ) -> Case {
-    let lists: Vec<&[u32]> = stages.iter().map(|(ranks, _)| ranks.as_slice()).collect();
+    let lists: Vec<&[u32]> = stages.iter().map(|(ranks, ..)| ranks.as_slice()).collect();
     let mut pipeline = chain(u32::try_from(rows.len()).unwrap(), &lists);
-    for (stage, &(_, backward)) in pipeline.stages.iter_mut().zip(stages) {
-        stage.backward = backward;
+    for (stage, (ranks, shares, backward)) in pipeline.stages.iter_mut().zip(stages) {
+        stage.backward = *backward;
+        stage.shares = shares.iter().copied().take(ranks.len()).collect();
     }
     for &(kind, from, to, gradient) in extra {
         let value = u32::try_from(pipeline.flows.len()).unwrap() + 10;

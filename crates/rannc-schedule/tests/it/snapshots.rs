@@ -142,6 +142,33 @@ fn one_stage_everywhere_moves_nothing() {
 }
 
 #[test]
+fn uneven_shares_move_rows() {
+    let mut pipeline = chain(2, &[&[0, 1]]);
+    pipeline.stages[0].shares = vec![3, 1];
+    let program = training(&pipeline, &batch(&[2, 2], 1), ScheduleKind::OneForwardOneBackward);
+    assert_snapshot!(listing(&program), @r"
+    rank 0 forward
+      inCOPY_F v0[0:2]>0_F0 v0[0:2/3]!
+      0RECV_F0 v0[2:3/3]<1
+      outCOPY_B v1>0_B0 v1[/3]!
+      0F0[3]
+      0COPY_F0 v1>out_F v1[/3]!
+      0B0[3]
+      REDUCE_GRADIENTS 0
+      REDUCE_OUTPUT 1
+    rank 1 forward
+      inSEND_F v0[0:1]>0
+      inCOPY_F v0[1:2]>0_F0 v0[0:1/1]!
+      outCOPY_B v1>0_B0 v1[/1]!
+      0F0[1]
+      0COPY_F0 v1>out_F v1[/1]!
+      0B0[1]
+      REDUCE_GRADIENTS 0
+      REDUCE_OUTPUT 1
+    ");
+}
+
+#[test]
 fn inputs_of_rank_0_only() {
     let mut pipeline = chain(2, &[&[0, 1]]);
     pipeline.flows[1] = flow(1, Transport::Split, stage(0), &[Place::Sink]);

@@ -165,6 +165,13 @@ def test_deployments_by_hand_with_unequal_replicas(
     assert records[0].stage_ranks == [list(ranks) for ranks in stage_ranks]
 
 
+@pytest.mark.parametrize("name", ["shared_input", "gpt", "masked_loss"])
+def test_uneven_shares(pools: Pools, name: str, tmp_path: Path) -> None:
+    shares = ((1, 5, 2), (3, 1))
+    setup = Setup(ROWS[3], microbatches=3, stage_ranks=((0, 1, 2), (0, 2)), shares=shares)
+    check(pools, case(name), setup, tmp_path)
+
+
 @pytest.mark.parametrize("schedule", ["fill_drain", "1f1b"])
 @pytest.mark.parametrize("name", ["gpt", "loss_out", "masked_loss"])
 def test_both_schedules(pools: Pools, name: str, schedule: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Setup:
         num_stages: forced stages.
         microbatches: forced microbatches.
         stage_ranks: a deployment written by hand, in place of a planned one.
+        shares: for each of these stages, how its replicas divide the rows; equally if empty.
         schedule: forced schedule.
         gather_inputs: as for `RaNNCModule`.
         input_gradients: whether floating-point inputs require gradients.
@@ -38,6 +39,7 @@ class Setup:
     num_stages: int = 0
     microbatches: int = 0
     stage_ranks: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()
     schedule: str = "auto"
     gather_inputs: bool = True
     input_gradients: bool = False
@@ -196,6 +198,8 @@ def _hand_written(chosen: Case, setup: Setup, folder: str) -> str:
         plan.pop("estimates", None)
         for stage, ranks in zip(plan["stages"], setup.stage_ranks, strict=True):
             stage["ranks"] = list(ranks)
+        for stage, shares in zip(plan["stages"], setup.shares, strict=False):
+            stage["shares"] = list(shares)
         path.write_text(json.dumps(plan))
     pyrannc.barrier()
     return str(path)

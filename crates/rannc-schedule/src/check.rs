@@ -19,6 +19,7 @@
 mod pieces;
 
 use crate::depend::{Access, Ledger, Resource, Resources};
+use crate::pipeline::Beside;
 use crate::render;
 use crate::rows::Layout;
 use crate::run::{At, Fault, Matching, Observer, Progress, Run, positions};
@@ -233,12 +234,12 @@ impl<'a> Checker<'a> {
         let mut needed = Vec::new();
         if self.mode == Mode::Training {
             let groups = &self.pipeline.gradient_groups;
-            for group in groups.iter().filter(|group| self.pipeline.reduces(group)) {
+            for group in groups.iter().filter(|group| self.pipeline.reduces(group, Beside::None)) {
                 let id = Reduction::Gradients(group.id);
                 needed.extend(group.ranks.iter().map(|&rank| (id, rank)));
             }
         }
-        for flow in self.pipeline.reduced_outputs() {
+        for flow in self.pipeline.reduced_outputs(Beside::None) {
             let ranks = (0..self.pipeline.world_size).map(RankId);
             needed.extend(ranks.map(|rank| (Reduction::Output(flow.value), rank)));
         }

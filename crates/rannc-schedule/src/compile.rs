@@ -4,6 +4,7 @@ use crate::check::check_valid;
 use crate::depend::Resources;
 use crate::generate::generate;
 use crate::lower::lower;
+use crate::pipeline::Beside;
 use crate::route::transfers;
 use crate::rows::Layout;
 use crate::{Batch, Mode, Pipeline, Place, Program, ScheduleError, ScheduleKind, Transport};
@@ -15,18 +16,44 @@ pub fn compile(
     schedule: ScheduleKind,
     mode: Mode,
 ) -> Result<Program, ScheduleError> {
+    validate(pipeline, batch, schedule, mode)?;
+    let layout = Layout::new(pipeline, batch);
+    let resources = Resources::new(pipeline, layout.microbatches())?;
+    let transfers = transfers(pipeline, &layout, mode);
+    let order = generate(schedule, pipeline, &layout, mode);
+    let program = lower(pipeline, &resources, &transfers, &order, Beside::None)?;
+    check_valid(&program, pipeline, &layout, &resources, mode)?;
+    Ok(program)
+}
+
+/// The same for what is known to be valid, without a check of the result.
+pub(crate) fn write(
+    pipeline: &Pipeline,
+    batch: &Batch,
+    schedule: ScheduleKind,
+    mode: Mode,
+    beside: Beside,
+) -> Result<Program, ScheduleError> {
+    let layout = Layout::new(pipeline, batch);
+    let resources = Resources::new(pipeline, layout.microbatches())?;
+    let transfers = transfers(pipeline, &layout, mode);
+    let order = generate(schedule, pipeline, &layout, mode);
+    lower(pipeline, &resources, &transfers, &order, beside)
+}
+
+/// Whether there can be a program.
+pub(crate) fn validate(
+    pipeline: &Pipeline,
+    batch: &Batch,
+    schedule: ScheduleKind,
+    mode: Mode,
+) -> Result<(), ScheduleError> {
     pipeline.validate()?;
     batch.validate(pipeline)?;
     if mode == Mode::Training && schedule == ScheduleKind::OneForwardOneBackward {
         refuse_outside_gradients(pipeline, schedule)?;
     }
-    let layout = Layout::new(pipeline, batch);
-    let resources = Resources::new(pipeline, layout.microbatches())?;
-    let transfers = transfers(pipeline, &layout, mode);
-    let order = generate(schedule, pipeline, &layout, mode);
-    let program = lower(pipeline, &resources, &transfers, &order)?;
-    check_valid(&program, pipeline, &layout, &resources, mode)?;
-    Ok(program)
+    Ok(())
 }
 
 /// Backward may start before the caller has the outputs only if their gradients are known: one for each sum.

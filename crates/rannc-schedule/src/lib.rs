@@ -19,6 +19,8 @@ mod clock;
 mod compile;
 mod depend;
 mod error;
+mod estimate;
+mod fold;
 mod generate;
 mod lower;
 mod pipeline;
@@ -33,6 +35,8 @@ pub use action::{Action, Pass, Program, RowRange, Slot};
 pub use check::check;
 pub use compile::compile;
 pub use error::ScheduleError;
+pub use estimate::{Estimate, estimate};
+pub use fold::{Folded, fold};
 pub use pipeline::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, Stage, StageId, Transport,
 };

@@ -9,7 +9,8 @@
 //!   comes before the work that the receiver was busy with then, and the transfer overlaps with it;
 //! - model inputs, and the gradients of model outputs, are there from the start: they move when their
 //!   receiver starts the work before the one that needs them, so no rank collects a whole batch;
-//! - gradients are reduced, on all ranks of the group, where the last of its ranks has its last one.
+//! - gradients are reduced, on all ranks of the group, where the last of its ranks has its last one, after
+//!   the transfers of that tick, which then need not wait for the reduction.
 //!
 //! As a transfer is one event for both ranks, any two ranks list their common transfers in the same order,
 //! and the lists would even run without deadlock if every send waited for its receive.
@@ -21,6 +22,7 @@ use std::collections::BinaryHeap;
 
 use crate::depend::{Access, Ledger, Resource, Resources};
 use crate::generate::{Order, Seeded};
+use crate::pipeline::Beside;
 use crate::route::Transfer;
 use crate::{Action, Pass, Pipeline, Place, Program, RankId, ScheduleError};
 
@@ -30,14 +32,15 @@ pub(crate) fn lower(
     resources: &Resources<'_>,
     transfers: &[Transfer],
     order: &Order,
+    beside: Beside,
 ) -> Result<Program, ScheduleError> {
-    let mut lowering = Lowering::new(pipeline, resources, transfers, order);
+    let mut lowering = Lowering::new(pipeline, resources, transfers, order, beside);
     let (first, second): (&[Pass], &[Pass]) = match order.seeded {
         Seeded::ByCaller => (&[Pass::Forward], &[Pass::Backward]),
         Seeded::AtOnce => (&[Pass::Forward, Pass::Backward], &[]),
     };
     let mut forward = lowering.pass(&order.forward, first)?;
-    for flow in pipeline.reduced_outputs() {
+    for flow in pipeline.reduced_outputs(beside) {
         for list in &mut forward {
             list.push(Action::ReduceOutput { value: flow.value });
         }
@@ -95,6 +98,8 @@ struct Lowering<'a> {
     groups: Index,
     /// Per gradient group, how many of its gradients are still to be completed.
     incomplete: Vec<u32>,
+    /// Groups that can be reduced now.
+    complete: Vec<u32>,
     lists: Vec<Vec<Action>>,
 }
 
@@ -111,6 +116,7 @@ impl<'a> Lowering<'a> {
         resources: &'a Resources<'a>,
         transfers: &'a [Transfer],
         order: &Order,
+        beside: Beside,
     ) -> Self {
         let mut ledger = Ledger::new(resources);
         let (mut pushed, mut pulled, mut direct, mut ends) = (vec![], vec![], vec![], vec![]);
@@ -140,10 +146,11 @@ impl<'a> Lowering<'a> {
             direct,
             groups: Index::new(resources.count(), &[]),
             incomplete: vec![0; pipeline.gradient_groups.len()],
+            complete: Vec::new(),
             lists: Vec::new(),
         };
         lowering.expect_work(order);
-        lowering.expect_reductions();
+        lowering.expect_reductions(beside);
         lowering
     }
 
@@ -159,11 +166,11 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    fn expect_reductions(&mut self) {
+    fn expect_reductions(&mut self, beside: Beside) {
         let mut pairs = Vec::new();
         for (group, index) in self.pipeline.gradient_groups.iter().zip(0..) {
             let action = Action::ReduceGradients { group: group.id };
-            let ranks = group.ranks.iter().filter(|_| self.pipeline.reduces(group));
+            let ranks = group.ranks.iter().filter(|_| self.pipeline.reduces(group, beside));
             for &rank in ranks {
                 touch(self.resources, rank, &action, |resource, _| {
                     if !self.ledger.complete(resource) {
@@ -226,6 +233,7 @@ impl<'a> Lowering<'a> {
                 queue.pop();
                 self.finish(rank, &mut workers[rank as usize], &mut woken);
             }
+            self.reduce();
         }
         let stuck = workers.iter().zip(0..).find(|(worker, _)| worker.next < worker.work.len());
         stuck.map_or(Ok(()), |(worker, rank)| Err(self.stuck(worker, rank)))
@@ -286,22 +294,25 @@ impl<'a> Lowering<'a> {
                 self.transfer(self.pushed.items[position], woken);
             }
             if self.ledger.complete(resource) {
-                self.reduce(resource);
+                for position in self.groups.range(resource) {
+                    let index = self.groups.items[position];
+                    self.incomplete[index as usize] -= 1;
+                    if self.incomplete[index as usize] == 0 {
+                        self.complete.push(index);
+                    }
+                }
             }
         }
         woken.push(rank);
     }
 
-    /// Reduces the groups that only waited for these gradients.
-    fn reduce(&mut self, gradients: Resource) {
-        for position in self.groups.range(gradients) {
-            let index = self.groups.items[position] as usize;
-            self.incomplete[index] -= 1;
-            if self.incomplete[index] == 0 {
-                let group = &self.pipeline.gradient_groups[index];
-                for rank in &group.ranks {
-                    self.lists[rank.index()].push(Action::ReduceGradients { group: group.id });
-                }
+    /// Reduces the groups whose last gradients are there.
+    fn reduce(&mut self) {
+        self.complete.sort_unstable();
+        for index in self.complete.drain(..) {
+            let group = &self.pipeline.gradient_groups[index as usize];
+            for rank in &group.ranks {
+                self.lists[rank.index()].push(Action::ReduceGradients { group: group.id });
             }
         }
     }

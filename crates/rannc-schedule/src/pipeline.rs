@@ -138,6 +138,15 @@ pub struct Pipeline {
     pub gradient_groups: Vec<GradientGroup>,
 }
 
+/// Whether other pipelines run beside this one and add up gradients and outputs with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beside {
+    /// It is all there is.
+    None,
+    /// Others like it do.
+    Others,
+}
+
 /// The batch of one step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
@@ -267,14 +276,14 @@ impl Pipeline {
     }
 
     /// Whether this group ever has gradients to add up between ranks.
-    pub(crate) fn reduces(&self, group: &GradientGroup) -> bool {
-        group.ranks.len() > 1
+    pub(crate) fn reduces(&self, group: &GradientGroup, beside: Beside) -> bool {
+        (group.ranks.len() > 1 || beside == Beside::Others)
             && group.stages.iter().any(|stage| self.stages[stage.index()].backward)
     }
 
     /// The sums among the outputs that ranks must add up between them.
-    pub(crate) fn reduced_outputs(&self) -> impl Iterator<Item = &Flow> {
-        let several = self.world_size > 1;
+    pub(crate) fn reduced_outputs(&self, beside: Beside) -> impl Iterator<Item = &Flow> {
+        let several = self.world_size > 1 || beside == Beside::Others;
         self.flows.iter().filter(move |flow| {
             several && flow.transport == Transport::Sum && flow.to.contains(&Place::Sink)
         })

@@ -134,7 +134,7 @@ impl Layout {
 }
 
 /// Cuts each rank's rows into parts; the remainders are dealt out so that microbatches stay equal.
-fn cut_microbatches(rows: &[u64], microbatches: u64) -> Vec<Vec<Holding>> {
+pub(crate) fn cut_microbatches(rows: &[u64], microbatches: u64) -> Vec<Vec<Holding>> {
     let mut parts = vec![Vec::new(); microbatches as usize];
     let mut filled = vec![0; microbatches as usize];
     let mut before = 0u64;

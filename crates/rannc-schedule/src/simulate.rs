@@ -127,7 +127,11 @@ fn play(
         0..u32::try_from(lists.len()).expect("the ranks of a pipeline are numbered in 32 bits");
     let mut queue: BinaryHeap<_> = ranks.map(|rank| Reverse((clock.now(rank), rank))).collect();
     let mut woken = Vec::new();
-    while let Some(Reverse((_, rank))) = queue.pop() {
+    while let Some(Reverse((time, rank))) = queue.pop() {
+        // A rank that was woken twice has gone on already.
+        if time < clock.now(rank) {
+            continue;
+        }
         if run.advance(rank, ledger, clock, &mut woken) == Progress::Ran {
             woken.push(rank);
         }

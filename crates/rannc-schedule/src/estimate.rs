@@ -1,0 +1,64 @@
+//! How long a step takes and what it holds, without a program or a timeline to look at.
+//!
+//! The same simulation as [`simulate`](crate::simulate()) of what [`compile`](crate::compile()) writes, for
+//! those who compare many pipelines: nothing is checked, no events are kept, and what several copies of the
+//! pipeline do alike is simulated once ([`fold`](crate::fold())).
+
+use crate::compile::{validate, write};
+use crate::fold::fold;
+use crate::pipeline::Beside;
+use crate::{
+    Batch, Memory, Mode, Pipeline, RankTimeline, ScheduleError, ScheduleKind, Timing, simulate,
+};
+
+/// What a simulation says in short.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Estimate {
+    /// From the start of the first to the end of the last event.
+    pub makespan_ns: u64,
+    /// By rank.
+    pub ranks: Vec<RankTimeline>,
+}
+
+/// Simulates a step.
+///
+/// Equal to the simulation of the compiled program, unless many copies of the pipeline are folded whose
+/// inputs or outputs come from and go to ranks of other copies ([`Folded::exact`](crate::Folded::exact)).
+pub fn estimate(
+    pipeline: &Pipeline,
+    batch: &Batch,
+    schedule: ScheduleKind,
+    mode: Mode,
+    timing: &dyn Timing,
+    memory: &dyn Memory,
+) -> Result<Estimate, ScheduleError> {
+    let Some(folded) = fold(pipeline, batch, mode, timing) else {
+        let step = Step { pipeline, batch, schedule, mode, beside: Beside::None };
+        return step.play(timing, memory);
+    };
+    let timing = folded.timing(pipeline, timing);
+    let (pipeline, batch) = (&folded.pipeline, &folded.batch);
+    let step = Step { pipeline, batch, schedule, mode, beside: Beside::Others };
+    let short = step.play(&timing, memory)?;
+    let ranks = folded.like.iter().map(|rank| short.ranks[rank.index()]);
+    Ok(Estimate { makespan_ns: short.makespan_ns, ranks: ranks.collect() })
+}
+
+/// What is simulated.
+struct Step<'a> {
+    pipeline: &'a Pipeline,
+    batch: &'a Batch,
+    schedule: ScheduleKind,
+    mode: Mode,
+    beside: Beside,
+}
+
+impl Step<'_> {
+    fn play(&self, timing: &dyn Timing, memory: &dyn Memory) -> Result<Estimate, ScheduleError> {
+        let &Self { pipeline, batch, schedule, mode, beside } = self;
+        validate(pipeline, batch, schedule, mode)?;
+        let program = write(pipeline, batch, schedule, mode, beside)?;
+        let timeline = simulate(&program, pipeline, timing, memory)?;
+        Ok(Estimate { makespan_ns: timeline.makespan_ns, ranks: timeline.ranks })
+    }
+}

@@ -1,0 +1,170 @@
+//! A few copies in place of many: the same times and memory.
+
+use proptest::prelude::*;
+use rannc_schedule::{
+    Batch, Estimate, GradientGroup, Memory, Mode, Place, RankId, ScheduleKind, Stage, StageId,
+    Timing, Transport, compile, estimate, fold, simulate,
+};
+
+use crate::pipelines::{Case, batch, cases, chain, flow, stage};
+
+/// Nodes of four ranks; the second half of the ranks is slower.
+struct Nodes {
+    world_size: u32,
+    slow: bool,
+    /// Whether transfers take no time.
+    costless: bool,
+}
+
+impl Timing for Nodes {
+    fn forward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
+        let slow = self.slow && 2 * rank.0 >= self.world_size;
+        (10 + u64::from(stage.0) + 5 * rows) * (1 + u64::from(slow))
+    }
+    fn backward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
+        2 * self.forward_ns(stage, rank, rows)
+    }
+    fn transfer_ns(&self, bytes: u64, from: RankId, to: RankId) -> u64 {
+        if self.costless {
+            return 0;
+        }
+        if from.0 / 4 == to.0 / 4 { 1 + bytes / 8 } else { 4 + bytes / 2 }
+    }
+    fn reduce_gradients_ns(&self, group: &GradientGroup) -> u64 {
+        u64::from(group.ranks.iter().map(|rank| rank.0).sum::<u32>())
+    }
+    fn reduce_output_ns(&self, _: u64, ranks: &[RankId]) -> u64 {
+        3 * ranks.len() as u64
+    }
+}
+
+impl Memory for Nodes {
+    fn saved_bytes(&self, stage: StageId, rows: u64) -> u64 {
+        3 * rows + u64::from(stage.0)
+    }
+}
+
+/// The simulation of all ranks.
+fn whole(case: &Case, nodes: &Nodes) -> Estimate {
+    let Case { pipeline, batch, schedule, mode } = case;
+    let program = compile(pipeline, batch, *schedule, *mode).unwrap();
+    let timeline = simulate(&program, pipeline, nodes, nodes).unwrap();
+    Estimate { makespan_ns: timeline.makespan_ns, ranks: timeline.ranks }
+}
+
+fn short(case: &Case, nodes: &Nodes) -> Estimate {
+    estimate(&case.pipeline, &case.batch, case.schedule, case.mode, nodes, nodes).unwrap()
+}
+
+/// `copies` of a random pipeline beside each other, the ranks of each in a row.
+fn copied() -> impl Strategy<Value = Case> {
+    (cases(), 2..5u32, 1..4u64).prop_map(|(mut case, copies, rows)| {
+        let size = case.pipeline.world_size;
+        let all = |ranks: &[RankId]| -> Vec<RankId> {
+            let shift = |copy: u32| ranks.iter().map(move |rank| RankId(copy * size + rank.0));
+            (0..copies).flat_map(shift).collect()
+        };
+        for stage in &mut case.pipeline.stages {
+            *stage = Stage { ranks: all(&stage.ranks), shares: Vec::new(), ..*stage };
+        }
+        for group in &mut case.pipeline.gradient_groups {
+            group.ranks = all(&group.ranks);
+        }
+        case.pipeline.world_size = copies * size;
+        let rows = vec![rows * case.batch.microbatches; (copies * size) as usize];
+        case.batch = Batch { rows, gather: true, ..case.batch };
+        case
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn folding_changes_nothing(case in copied(), slow in any::<bool>()) {
+        let nodes = Nodes { world_size: case.pipeline.world_size, slow, costless: false };
+        if is_exact(&case, &nodes) {
+            prop_assert_eq!(short(&case, &nodes), whole(&case, &nodes));
+        }
+    }
+
+    #[test]
+    fn folding_costless_links_changes_nothing(case in copied(), slow in any::<bool>()) {
+        let nodes = Nodes { world_size: case.pipeline.world_size, slow, costless: true };
+        prop_assert_eq!(short(&case, &nodes), whole(&case, &nodes));
+    }
+
+    #[test]
+    fn estimates_are_simulations(case in cases()) {
+        let nodes = Nodes { world_size: case.pipeline.world_size, slow: true, costless: false };
+        if is_exact(&case, &nodes) {
+            prop_assert_eq!(short(&case, &nodes), whole(&case, &nodes));
+        }
+    }
+}
+
+/// Whether nothing is folded, or nothing is lost.
+fn is_exact(case: &Case, nodes: &Nodes) -> bool {
+    fold(&case.pipeline, &case.batch, case.mode, nodes).is_none_or(|folded| folded.exact)
+}
+
+/// Two stages of four replicas on the ranks that `place` gives for stage and replica.
+fn two_stages(rows: u64, place: fn(u32, u32) -> u32) -> Case {
+    let mut lists = [0, 1].map(|stage| [0, 1, 2, 3].map(|replica| place(stage, replica)));
+    for list in &mut lists {
+        list.sort_unstable();
+    }
+    Case {
+        pipeline: chain(8, &[&lists[0], &lists[1]]),
+        batch: batch(&[rows; 8], 2),
+        schedule: ScheduleKind::OneForwardOneBackward,
+        mode: Mode::Training,
+    }
+}
+
+fn folded(case: &Case, nodes: &Nodes) -> Option<(u32, Vec<u32>, bool)> {
+    let folded = fold(&case.pipeline, &case.batch, case.mode, nodes)?;
+    let ranks = folded.rank_of.iter().map(|rank| rank.0).collect();
+    Some((folded.copies, ranks, folded.exact))
+}
+
+const EQUAL: Nodes = Nodes { world_size: 8, slow: false, costless: false };
+const MIXED: Nodes = Nodes { world_size: 8, slow: true, costless: false };
+
+#[test]
+fn one_copy_of_each_kind_is_kept() {
+    let side_by_side = two_stages(2, |stage, replica| 2 * replica + stage);
+    assert_eq!(folded(&side_by_side, &EQUAL), Some((4, vec![0, 1], true)));
+    assert_eq!(folded(&side_by_side, &MIXED), Some((4, vec![0, 1, 4, 5], true)));
+    let stage_by_stage = two_stages(2, |stage, replica| 4 * stage + replica);
+    assert_eq!(folded(&stage_by_stage, &MIXED), Some((4, vec![0, 4], false)));
+}
+
+#[test]
+fn what_differs_is_not_folded() {
+    let changed = |change: fn(&mut Case)| {
+        let mut case = two_stages(2, |stage, replica| 2 * replica + stage);
+        change(&mut case);
+        folded(&case, &EQUAL)
+    };
+    assert_eq!(changed(|case| case.batch.rows[0] = 3), None);
+    assert_eq!(changed(|case| case.batch.microbatches = 3), None);
+    assert_eq!(changed(|case| case.pipeline.stages[0].shares = vec![1, 1, 1, 2]), None);
+    assert_eq!(changed(|case| case.pipeline.stages[0].ranks.truncate(3)), None);
+    assert_eq!(
+        changed(|case| {
+            case.pipeline.flows.push(flow(9, Transport::Whole, stage(0), &[Place::Sink]));
+        }),
+        None
+    );
+    assert_eq!(changed(|case| case.pipeline.gradient_groups.clear()), Some((4, vec![0, 1], true)));
+}
+
+#[test]
+fn inputs_from_other_copies_change_little() {
+    // A rank of the first stage gets inputs from one rank of another node in place of one of its own.
+    let case = two_stages(2, |stage, replica| 4 * stage + replica);
+    let (short, whole) = (short(&case, &EQUAL), whole(&case, &EQUAL));
+    let difference = short.makespan_ns.abs_diff(whole.makespan_ns);
+    assert!(difference * 20 < whole.makespan_ns, "{short:?} {whole:?}");
+}

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod comm;
+mod device_costs;
 mod error;
 mod memory;
 mod model;
@@ -11,6 +12,7 @@ mod sharding;
 
 pub use cluster::{Cluster, Device};
 pub use comm::Link;
+pub use device_costs::{Classes, DeviceCosts};
 pub use error::CostError;
 pub use memory::{StageMemory, StageSizes, Training, is_trained, working_bytes};
 pub use model::{AnalyticCosts, CostModel, ProfiledCosts};

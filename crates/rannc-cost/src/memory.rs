@@ -9,6 +9,7 @@ use fixedbitset::FixedBitSet;
 use rannc_graph::{Graph, NodeId, Users, ValueId, ValueKind};
 use serde::{Deserialize, Serialize};
 
+use crate::Sharding;
 use crate::profile::scale;
 
 /// What training adds to the model's own memory.
@@ -32,6 +33,10 @@ pub struct StageSizes {
     pub state: u64,
     /// Parameters that are trained.
     pub trainable: u64,
+    /// Those of them that other stages hold, too: they are never sharded.
+    pub tied: u64,
+    /// The most parameters that are gathered at a time when they are sharded.
+    pub gathered: u64,
     /// What autograd keeps for the backward of one microbatch.
     pub saved: u64,
     /// Inputs of one microbatch, the model's own included.
@@ -98,6 +103,8 @@ impl StageSizes {
         Self {
             state: sum(&mut cut.state.iter().copied()),
             trainable: sum(&mut cut.state.iter().copied().filter(|&id| is_trained(graph, id))),
+            tied: 0,
+            gathered: ids().map(|id| trained_bytes(graph, id)).max().unwrap_or(0),
             saved: ids().fold(0, |sum, id| sum.saturating_add(graph.node(id).saved_bytes.at(rows))),
             received,
             exchanged: from_stages.saturating_add(sent),
@@ -110,14 +117,26 @@ impl StageSizes {
         self.saved.saturating_add(self.received)
     }
 
-    /// The memory that the stage takes with `in_flight` microbatches between forward and backward.
-    pub fn memory(&self, in_flight: u64, training: &Training) -> StageMemory {
+    /// The memory that each of `replicas` takes with `in_flight` microbatches between forward and
+    /// backward.
+    pub fn memory(
+        &self,
+        in_flight: u64,
+        training: &Training,
+        sharding: Sharding,
+        replicas: u64,
+    ) -> StageMemory {
+        let own = self.trainable.saturating_sub(self.tied);
+        let part = own.div_ceil(replicas.max(1));
+        let held = |level: Sharding| if sharding >= level { part } else { own };
+        let gathered = if sharding >= Sharding::Parameters { 2 * self.gathered } else { 0 };
+        let optimized = held(Sharding::Optimizer).saturating_add(self.tied);
         StageMemory {
-            parameters: self.state,
-            gradients: self.trainable,
-            optimizer: scale(self.trainable, training.optimizer_state_factor_ppm, 1_000_000),
+            parameters: self.state.saturating_sub(own - held(Sharding::Parameters)),
+            gradients: held(Sharding::Gradients).saturating_add(self.tied),
+            optimizer: scale(optimized, training.optimizer_state_factor_ppm, 1_000_000),
             activations: self.per_microbatch().saturating_mul(in_flight),
-            working: self.working,
+            working: self.working.saturating_add(gathered),
             buffers: self.exchanged.saturating_mul(2),
         }
     }
@@ -127,6 +146,11 @@ impl StageSizes {
 pub fn is_trained(graph: &Graph, id: ValueId) -> bool {
     let value = graph.value(id);
     value.kind == ValueKind::Parameter && value.requires_grad
+}
+
+fn trained_bytes(graph: &Graph, node: NodeId) -> u64 {
+    let trained = graph.node(node).inputs.iter().filter(|&&id| is_trained(graph, id));
+    trained.map(|&id| graph.value(id).bytes(1)).fold(0, u64::saturating_add)
 }
 
 /// Workspace of one operator: its activations in and out and their gradients, and the gradients of
@@ -146,6 +170,7 @@ mod tests {
     use rannc_graph::testing;
 
     use super::{StageSizes, Training};
+    use crate::Sharding;
 
     #[test]
     fn a_stage_pays_for_state_activations_and_borders() {
@@ -158,12 +183,30 @@ mod tests {
         assert_eq!(sizes.received, activation);
         assert_eq!(sizes.exchanged, 2 * activation);
         assert_eq!(sizes.working, 4 * activation + weight);
-        let memory = sizes.memory(3, &Training::default());
+        let memory = sizes.memory(3, &Training::default(), Sharding::None, 1);
         assert_eq!(memory.optimizer, 4 * weight);
         assert_eq!(memory.activations, 3 * 3 * activation);
         assert_eq!(
             memory.total(),
             8 * weight + 9 * activation + 4 * activation + weight + 4 * activation
         );
+    }
+
+    #[test]
+    fn replicas_hold_parts_of_what_is_sharded() {
+        let graph = testing::chain(1, 8);
+        let mut all = FixedBitSet::with_capacity(1);
+        all.insert(0);
+        let sizes = StageSizes::of(&graph, &graph.users(), &all, 2);
+        let weight = 8 * 8 * 4;
+        let parts = Sharding::ALL.map(|level| {
+            let memory = sizes.memory(1, &Training::default(), level, 4);
+            (memory.parameters, memory.gradients, memory.optimizer)
+        });
+        let part = weight / 4;
+        assert_eq!(parts[0], (weight, weight, 2 * weight));
+        assert_eq!(parts[1], (weight, weight, 2 * part));
+        assert_eq!(parts[2], (weight, part, 2 * part));
+        assert_eq!(parts[3], (part, part, 2 * part));
     }
 }

@@ -1,24 +1,70 @@
 //! How long operators take: measured, or estimated from their size.
+//!
+//! Operators that cost the same are of one *kind*, so that whatever prices a model (a hundred
+//! equal layers) prices each kind once.
 
-use rannc_graph::{Graph, NodeId};
+use std::collections::BTreeMap;
+
+use rannc_graph::{Affine, Graph, Node, NodeId};
 
 use crate::profile::{Curve, scale};
 use crate::{CostError, Device, Profile};
 
 /// The time of each operator as a function of the rows that it sees.
-pub trait CostModel: Sync {
+pub trait CostModel: Send + Sync {
+    /// How many kinds of operators there are.
+    fn num_kinds(&self) -> usize;
+
+    /// The kind of an operator, below [`num_kinds`](Self::num_kinds).
+    fn kind(&self, node: NodeId) -> usize;
+
+    /// Forward time of an operator of this kind.
+    fn forward_of(&self, kind: usize, rows: u64) -> u64;
+
+    /// Backward time of an operator of this kind; zero when nothing differentiates it.
+    fn backward_of(&self, kind: usize, rows: u64) -> u64;
+
+    /// The least time that one row of `most_rows` or fewer can take of this kind's forward and
+    /// backward, in thousandths of a nanosecond: for lower bounds.
+    fn least_per_row(&self, kind: usize, most_rows: u64) -> u64;
+
     /// Time of the forward pass.
-    fn forward_ns(&self, node: NodeId, rows: u64) -> u64;
+    fn forward_ns(&self, node: NodeId, rows: u64) -> u64 {
+        self.forward_of(self.kind(node), rows)
+    }
 
     /// Time of the backward pass; zero for operators that nothing differentiates.
-    fn backward_ns(&self, node: NodeId, rows: u64) -> u64;
+    fn backward_ns(&self, node: NodeId, rows: u64) -> u64 {
+        self.backward_of(self.kind(node), rows)
+    }
+}
+
+/// Numbers things in the order in which they are first met.
+struct Kinds<K> {
+    numbers: BTreeMap<K, usize>,
+    of_node: Vec<usize>,
+}
+
+impl<K: Ord> Kinds<K> {
+    fn new() -> Self {
+        Self { numbers: BTreeMap::new(), of_node: Vec::new() }
+    }
+
+    /// Gives the next node its kind; whether it is a new one.
+    fn add(&mut self, key: K) -> bool {
+        let next = self.numbers.len();
+        let kind = *self.numbers.entry(key).or_insert(next);
+        self.of_node.push(kind);
+        kind == next
+    }
 }
 
 /// Times from a [`Profile`].
 #[derive(Clone, Debug)]
 pub struct ProfiledCosts {
-    /// Forward and backward curve, and whether the batch changes them, for each node.
-    nodes: Vec<(Curve, Curve, bool)>,
+    kind_of: Vec<usize>,
+    /// Forward and backward curve of each kind.
+    kinds: Vec<(Curve, Curve)>,
 }
 
 impl ProfiledCosts {
@@ -29,34 +75,53 @@ impl ProfiledCosts {
     /// [`CostError::UnknownSignature`] for the first operator that was not measured.
     pub fn new(graph: &Graph, profile: &Profile) -> Result<Self, CostError> {
         let batch_nodes = graph.batch_nodes();
-        let nodes = graph.nodes().iter().enumerate().map(|(index, node)| {
+        let mut found = Kinds::new();
+        let mut kinds = Vec::new();
+        for (index, node) in graph.nodes().iter().enumerate() {
+            let batch = batch_nodes.contains(index);
+            if !found.add((node.signature.as_str(), batch)) {
+                continue;
+            }
             let samples = profile.entries.get(&node.signature).filter(|found| !found.is_empty());
             let samples = samples.ok_or_else(|| CostError::UnknownSignature {
                 device: profile.device.clone(),
                 signature: node.signature.clone(),
                 node: node.key.clone(),
             })?;
-            let forward = samples.iter().map(|sample| (sample.rows, sample.forward_ns));
-            let backward = samples.iter().map(|sample| (sample.rows, sample.backward_ns));
-            Ok((
+            // What no batch changes was measured once.
+            let used = if batch { &samples[..] } else { &samples[..1] };
+            let rows = |sample: &crate::Sample| if batch { sample.rows } else { 0 };
+            let forward = used.iter().map(|sample| (rows(sample), sample.forward_ns));
+            let backward = used.iter().map(|sample| (rows(sample), sample.backward_ns));
+            kinds.push((
                 Curve::new(forward, profile.calibration.forward_ppm),
                 Curve::new(backward, profile.calibration.backward_ppm),
-                batch_nodes.contains(index),
-            ))
-        });
-        nodes.collect::<Result<_, CostError>>().map(|nodes| Self { nodes })
+            ));
+        }
+        Ok(Self { kind_of: found.of_node, kinds })
     }
 }
 
 impl CostModel for ProfiledCosts {
-    fn forward_ns(&self, node: NodeId, rows: u64) -> u64 {
-        let (forward, _, batch) = &self.nodes[node.index()];
-        if *batch { forward.at(rows) } else { forward.constant() }
+    fn num_kinds(&self) -> usize {
+        self.kinds.len()
     }
 
-    fn backward_ns(&self, node: NodeId, rows: u64) -> u64 {
-        let (_, backward, batch) = &self.nodes[node.index()];
-        if *batch { backward.at(rows) } else { backward.constant() }
+    fn kind(&self, node: NodeId) -> usize {
+        self.kind_of[node.index()]
+    }
+
+    fn forward_of(&self, kind: usize, rows: u64) -> u64 {
+        self.kinds[kind].0.at(rows)
+    }
+
+    fn backward_of(&self, kind: usize, rows: u64) -> u64 {
+        self.kinds[kind].1.at(rows)
+    }
+
+    fn least_per_row(&self, kind: usize, most_rows: u64) -> u64 {
+        let (forward, backward) = &self.kinds[kind];
+        forward.least_per_row(most_rows).saturating_add(backward.least_per_row(most_rows))
     }
 }
 
@@ -65,44 +130,101 @@ impl CostModel for ProfiledCosts {
 /// The backward pass does twice the forward's work.
 #[derive(Clone, Debug)]
 pub struct AnalyticCosts<'a> {
-    graph: &'a Graph,
+    kind_of: Vec<usize>,
+    kinds: Vec<Work<'a>>,
     device: Device,
-    differentiated: Vec<bool>,
+}
+
+/// What an operator of some kind has to do.
+#[derive(Clone, Debug)]
+struct Work<'a> {
+    graph: &'a Graph,
+    node: &'a Node,
+    differentiated: bool,
 }
 
 const START_NS: u64 = 4_000;
 const ATTAINED_PERCENT: u64 = 70;
 const NS_PER_SECOND: u64 = 1_000_000_000;
 
+impl Work<'_> {
+    fn bytes(&self, rows: u64) -> u64 {
+        let touched = self.node.inputs.iter().chain(&self.node.outputs);
+        touched.map(|&value| self.graph.value(value).bytes(rows)).fold(0, u64::saturating_add)
+    }
+}
+
 impl<'a> AnalyticCosts<'a> {
     /// Costs of the graph on a device.
     pub fn new(graph: &'a Graph, device: &Device) -> Self {
-        let differentiated = graph.nodes().iter().map(|node| {
-            node.outputs.iter().any(|&output| graph.value(output).requires_grad)
-                && node.inputs.iter().any(|&input| graph.value(input).requires_grad)
-        });
-        Self { graph, device: device.clone(), differentiated: differentiated.collect() }
+        let mut found = Kinds::new();
+        let mut kinds = Vec::new();
+        for node in graph.nodes() {
+            let differentiated =
+                node.outputs.iter().any(|&output| graph.value(output).requires_grad)
+                    && node.inputs.iter().any(|&input| graph.value(input).requires_grad);
+            let size = |affine: Affine| (affine.per_row, affine.fixed);
+            let mut shapes: Vec<(u64, Vec<(i64, i64)>)> = node
+                .inputs
+                .iter()
+                .chain(&node.outputs)
+                .map(|&id| graph.value(id))
+                .map(|value| {
+                    (value.element_bytes(), value.shape.iter().copied().map(size).collect())
+                })
+                .collect();
+            shapes.sort_unstable();
+            if found.add((size(node.flops), differentiated, shapes)) {
+                kinds.push(Work { graph, node, differentiated });
+            }
+        }
+        Self { kind_of: found.of_node, kinds, device: device.clone() }
     }
 }
 
 impl CostModel for AnalyticCosts<'_> {
-    fn forward_ns(&self, node: NodeId, rows: u64) -> u64 {
-        let node = self.graph.node(node);
-        let touched = node.inputs.iter().chain(&node.outputs);
-        let bytes =
-            touched.map(|&value| self.graph.value(value).bytes(rows)).fold(0, u64::saturating_add);
+    fn num_kinds(&self) -> usize {
+        self.kinds.len()
+    }
+
+    fn kind(&self, node: NodeId) -> usize {
+        self.kind_of[node.index()]
+    }
+
+    fn forward_of(&self, kind: usize, rows: u64) -> u64 {
+        let work = &self.kinds[kind];
         let attained = scale(self.device.flops_per_second, ATTAINED_PERCENT, 100);
-        let arithmetic = scale(node.flops.at(rows), NS_PER_SECOND, attained);
-        let traffic = scale(bytes, NS_PER_SECOND, self.device.memory_bytes_per_second);
+        let arithmetic = scale(work.node.flops.at(rows), NS_PER_SECOND, attained);
+        let traffic = scale(work.bytes(rows), NS_PER_SECOND, self.device.memory_bytes_per_second);
         arithmetic.max(traffic).saturating_add(START_NS)
     }
 
-    fn backward_ns(&self, node: NodeId, rows: u64) -> u64 {
-        if self.differentiated[node.index()] {
-            self.forward_ns(node, rows).saturating_mul(2)
+    fn backward_of(&self, kind: usize, rows: u64) -> u64 {
+        if self.kinds[kind].differentiated {
+            self.forward_of(kind, rows).saturating_mul(2)
         } else {
             0
         }
+    }
+
+    fn least_per_row(&self, kind: usize, most_rows: u64) -> u64 {
+        // Operations and bytes have a fixed part that is not negative, so the largest batch is the
+        // cheapest for each row; counts that say otherwise give no bound.
+        let work = &self.kinds[kind];
+        let touched = work.node.inputs.iter().chain(&work.node.outputs);
+        let sizes = touched.flat_map(|&value| &work.graph.value(value).shape);
+        let dynamic = |value: &rannc_graph::ValueId| {
+            work.graph.value(*value).shape.iter().filter(|size| !size.is_fixed()).count()
+        };
+        let touched = || work.node.inputs.iter().chain(&work.node.outputs);
+        if work.node.flops.fixed < 0
+            || sizes.clone().any(|size| size.fixed < 0)
+            || touched().map(dynamic).any(|count| count > 1)
+        {
+            return 0;
+        }
+        let time = self.forward_of(kind, most_rows) + self.backward_of(kind, most_rows);
+        scale(time, 1000, most_rows)
     }
 }
 

@@ -126,9 +126,16 @@ impl Curve {
         }
     }
 
-    /// The time of an operator that no batch changes.
-    pub(crate) fn constant(&self) -> u64 {
-        self.points[0].1
+    /// The least time for one row, in thousandths of a nanosecond, at any number of rows from 1 to
+    /// `most_rows`. The curve is piecewise linear, so time over rows is least at a sample or an end.
+    pub(crate) fn least_per_row(&self, most_rows: u64) -> u64 {
+        let sampled = self.points.iter().map(|&(rows, _)| rows);
+        let places =
+            sampled.filter(|rows| (1..=most_rows).contains(rows)).chain([1, most_rows.max(1)]);
+        // Below the first sample the curve is at least proportional to it.
+        let first = self.points.first().filter(|&&(rows, _)| rows > 0);
+        let below = first.map(|&(rows, time)| scale(time, 1000, rows));
+        places.map(|rows| scale(self.at(rows), 1000, rows)).chain(below).min().unwrap_or(0)
     }
 }
 

@@ -39,6 +39,18 @@ impl Sharding {
         }
     }
 
+    /// Time that a step's traffic takes, when adding up all gradients once takes `all_reduce_ns`:
+    /// sharded gradients are scattered after each of the microbatches, sharded parameters gathered
+    /// twice for each. Gathering and scattering each move half of what adding up moves.
+    pub fn traffic_ns(self, all_reduce_ns: u64, microbatches: u64) -> u64 {
+        let halves = match self {
+            Self::None | Self::Optimizer => 2,
+            Self::Gradients => microbatches.saturating_add(1),
+            Self::Parameters => microbatches.saturating_mul(3),
+        };
+        all_reduce_ns.saturating_mul(halves) / 2
+    }
+
     /// Whether nothing is divided.
     pub fn is_none(&self) -> bool {
         *self == Self::None

@@ -13,9 +13,10 @@
 
 use std::collections::BinaryHeap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use rannc_cost::CostModel;
-use rannc_graph::{Graph, ValueId};
+use rannc_graph::{Graph, NodeId, ValueId};
 
 use crate::Atoms;
 use crate::order;
@@ -23,8 +24,17 @@ use crate::order;
 /// Contiguous runs of a topological order of atoms.
 #[derive(Clone, Debug)]
 pub struct Blocks {
-    order: Vec<usize>,
+    line: Arc<Line>,
     starts: Vec<usize>,
+}
+
+/// What atoms are balanced by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Balance {
+    /// Their time alone.
+    Time,
+    /// Their share of the time and their share of the parameters, where memory is scarce.
+    TimeAndState,
 }
 
 impl Blocks {
@@ -40,19 +50,32 @@ impl Blocks {
         rows: u64,
         max_blocks: usize,
     ) -> Self {
-        let times: Vec<u64> = (0..atoms.len())
-            .map(|atom| {
-                let members = atoms.members(atom).iter();
-                let time =
-                    |&id| costs.forward_ns(id, rows).saturating_add(costs.backward_ns(id, rows));
-                // Never zero, so that free operators still have a place.
-                members.map(time).fold(1, u64::saturating_add)
-            })
-            .collect();
-        let line = best_line(graph, atoms, &times, rows);
-        let num_blocks = max_blocks.clamp(1, atoms.len().max(1)).min(atoms.len());
-        let starts = line.cut(num_blocks);
-        Self { order: line.order, starts }
+        Self::cut(&Arc::new(Line::of(graph, atoms, costs, rows, Balance::Time)), max_blocks)
+    }
+
+    /// Cuts a line into so many blocks, or as many as there are atoms.
+    pub(crate) fn cut(line: &Arc<Line>, max_blocks: usize) -> Self {
+        let num_atoms = line.order.len();
+        let num_blocks = max_blocks.clamp(1, num_atoms.max(1)).min(num_atoms);
+        Self { line: Arc::clone(line), starts: line.cut(num_blocks) }
+    }
+
+    /// Blocks that end where these do at the stages' `cuts` (numbers of blocks), with smaller ones
+    /// around each cut and larger ones between.
+    pub(crate) fn zoom(&self, cuts: &[usize], pieces: usize) -> Self {
+        let position =
+            |block: usize| self.starts.get(block).copied().unwrap_or(self.line.order.len());
+        let mut starts = vec![0];
+        for &cut in cuts {
+            for block in [cut - 1, cut] {
+                starts.extend(self.line.pieces(position(block)..position(block + 1), pieces));
+            }
+            starts.push(position(cut + 1));
+        }
+        starts.sort_unstable();
+        starts.dedup();
+        starts.retain(|&start| start < self.line.order.len());
+        Self { line: Arc::clone(&self.line), starts }
     }
 
     /// How many blocks there are.
@@ -65,32 +88,94 @@ impl Blocks {
         self.starts.is_empty()
     }
 
+    /// The operators of a block, cloned ones left out.
+    pub(crate) fn members<'a>(
+        &'a self,
+        atoms: &'a Atoms,
+        block: usize,
+    ) -> impl Iterator<Item = &'a NodeId> + 'a {
+        self.atoms(block..block + 1).iter().flat_map(|&atom| atoms.members(atom))
+    }
+
     /// The atoms of consecutive blocks.
     pub fn atoms(&self, blocks: Range<usize>) -> &[usize] {
-        let position = |block: usize| self.starts.get(block).copied().unwrap_or(self.order.len());
-        &self.order[position(blocks.start)..position(blocks.end)]
+        let position =
+            |block: usize| self.starts.get(block).copied().unwrap_or(self.line.order.len());
+        &self.line.order[position(blocks.start)..position(blocks.end)]
     }
 }
 
 /// Atoms in a topological order with the time of each, and the bytes that cross each place.
-struct Line {
+#[derive(Debug)]
+pub(crate) struct Line {
     order: Vec<usize>,
-    /// Time of all atoms before each place; one longer than `order`.
+    /// Weight of all atoms before each place; one longer than `order`.
     elapsed: Vec<u64>,
     /// Bytes that a cut before each atom would move; a cut before the first is none.
     crossing: Vec<u64>,
 }
 
-fn best_line(graph: &Graph, atoms: &Atoms, times: &[u64], rows: u64) -> Line {
-    let program = Line::new((0..atoms.len()).collect(), graph, atoms, times, rows);
-    let producers = graph.outputs().iter().filter_map(|&output| graph.producer(output));
-    let roots: Vec<usize> = producers.filter_map(|made| atoms.of(made)).collect();
-    let order = order::branch_by_branch(atoms.edges(), &roots);
-    let branches = Line::new(order, graph, atoms, times, rows);
-    if branches.bytes_alive() < program.bytes_alive() { branches } else { program }
-}
+/// Weights add up to about this where they are shares.
+const SHARES: u128 = 1 << 40;
 
 impl Line {
+    /// The atoms of a graph in the better of two orders.
+    pub(crate) fn of(
+        graph: &Graph,
+        atoms: &Atoms,
+        costs: &dyn CostModel,
+        rows: u64,
+        balance: Balance,
+    ) -> Self {
+        let mut times = KindTimes::new(costs, rows);
+        let time = |atom: usize| {
+            // Never zero, so that free operators still have a place.
+            atoms.members(atom).iter().map(|&id| times.of(id)).fold(1, u64::saturating_add)
+        };
+        let times: Vec<u64> = (0..atoms.len()).map(time).collect();
+        let weights = match balance {
+            Balance::Time => times,
+            Balance::TimeAndState => {
+                let state = own_state(graph, atoms);
+                let total =
+                    |parts: &[u64]| parts.iter().map(|&part| u128::from(part)).sum::<u128>().max(1);
+                let (all_time, all_state) = (total(&times), total(&state));
+                let share = |part: u64, all: u128| (u128::from(part) * SHARES / all) as u64;
+                let both = times.iter().zip(&state);
+                both.map(|(&time, &state)| 1 + share(time, all_time) + share(state, all_state))
+                    .collect()
+            }
+        };
+        let program = Self::new((0..atoms.len()).collect(), graph, atoms, &weights, rows);
+        let producers = graph.outputs().iter().filter_map(|&output| graph.producer(output));
+        let roots: Vec<usize> = producers.filter_map(|made| atoms.of(made)).collect();
+        let order = order::branch_by_branch(atoms.edges(), &roots);
+        let branches = Self::new(order, graph, atoms, &weights, rows);
+        if branches.bytes_alive() < program.bytes_alive() { branches } else { program }
+    }
+
+    /// The places that cut a range of atoms into so many pieces of similar weight, the first
+    /// included.
+    fn pieces(&self, range: Range<usize>, count: usize) -> Vec<usize> {
+        let (from, to) = (self.elapsed[range.start], self.elapsed[range.end]);
+        let mut starts = vec![range.start];
+        let (share, slack) = ((to - from) / count as u64, (to - from) / count as u64 / 3);
+        for piece in 1..count as u64 {
+            let ideal = from + share * piece;
+            let window = self.places(ideal.saturating_sub(slack), ideal.saturating_add(slack));
+            let place = window
+                .chain([self.nearest(ideal)])
+                .filter(|place| range.contains(place))
+                .min_by_key(|&place| {
+                    (self.crossing[place], self.elapsed[place].abs_diff(ideal), place)
+                });
+            starts.extend(place);
+        }
+        starts.sort_unstable();
+        starts.dedup();
+        starts
+    }
+
     fn new(order: Vec<usize>, graph: &Graph, atoms: &Atoms, times: &[u64], rows: u64) -> Self {
         let mut position = vec![0; order.len()];
         let mut elapsed = vec![0_u64];
@@ -207,6 +292,42 @@ impl Line {
     fn splittable(&self, start: usize, end: usize) -> Option<(u64, usize, usize)> {
         (end - start > 1).then(|| (self.elapsed[end] - self.elapsed[start], start, end))
     }
+}
+
+/// Time of each kind of operator at some number of rows, asked for once.
+struct KindTimes<'a> {
+    costs: &'a dyn CostModel,
+    rows: u64,
+    known: Vec<Option<u64>>,
+}
+
+impl<'a> KindTimes<'a> {
+    fn new(costs: &'a dyn CostModel, rows: u64) -> Self {
+        Self { costs, rows, known: vec![None; costs.num_kinds()] }
+    }
+
+    fn of(&mut self, id: NodeId) -> u64 {
+        let (costs, rows) = (self.costs, self.rows);
+        let kind = costs.kind(id);
+        *self.known[kind].get_or_insert_with(|| {
+            costs.forward_of(kind, rows).saturating_add(costs.backward_of(kind, rows))
+        })
+    }
+}
+
+/// Bytes of the parameters and buffers that each atom is the first to read.
+fn own_state(graph: &Graph, atoms: &Atoms) -> Vec<u64> {
+    let mut state = vec![0_u64; atoms.len()];
+    let mut seen = vec![false; graph.values().len()];
+    for id in graph.node_ids() {
+        let Some(atom) = atoms.of(id) else { continue };
+        for &value in &graph.node(id).inputs {
+            if graph.value(value).is_state() && !std::mem::replace(&mut seen[value.index()], true) {
+                state[atom] = state[atom].saturating_add(graph.value(value).bytes(1));
+            }
+        }
+    }
+    state
 }
 
 #[cfg(test)]

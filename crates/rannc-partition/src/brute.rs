@@ -4,24 +4,38 @@ use rannc_cost::{CostModel, StageSizes};
 use rannc_graph::{Graph, NodeId};
 
 use crate::Atoms;
-use crate::stage::Problem;
+use crate::stage::{Division, Problem};
 
-/// The least step time of any division into some number of stages, for each number that the
-/// layout allows and that fits.
+/// The least step of any division into some number of stages, for each number that the layout
+/// allows and that fits.
 pub(crate) fn best(problem: &Problem) -> Vec<u64> {
-    let (num_blocks, num_units) = (problem.table.num_blocks(), problem.layout.num_units());
+    let (num_blocks, num_units) = (problem.num_blocks(), problem.layout.num_units());
+    let (fewest, most) = problem.layout.stage_counts;
     let mut found = Vec::new();
-    for &num_stages in &problem.layout.stage_counts {
-        let starts = ascending(num_blocks, num_stages);
-        let units = ascending(num_units, num_stages);
-        let units =
-            units.iter().filter(|units| !problem.layout.one_unit_each || units.len() == num_units);
-        let values = starts.iter().flat_map(|starts| {
-            units.clone().filter_map(move |units| problem.evaluate(starts, units))
+    for num_stages in fewest..=most.min(num_blocks) {
+        let ends =
+            if problem.layout.may_idle { num_stages..=num_units } else { num_units..=num_units };
+        let divisions = ends.flat_map(|end| {
+            let starts = ascending(num_blocks, num_stages);
+            let units = ascending(end, num_stages);
+            starts.into_iter().flat_map(move |starts| {
+                let units = units.clone().into_iter();
+                units.map(move |units| division(starts.clone(), &units, end))
+            })
         });
-        found.extend(values.min());
+        let one_each = |division: &Division| {
+            !problem.layout.one_unit_each
+                || division.units.iter().all(|&(start, end)| end - start == 1)
+        };
+        found.extend(divisions.filter(one_each).filter_map(|found| problem.evaluate(&found)).min());
     }
     found
+}
+
+fn division(starts: Vec<usize>, units: &[usize], end: usize) -> Division {
+    let ends = units.iter().skip(1).copied().chain([end]);
+    let units = units.iter().copied().zip(ends).collect();
+    Division { step_ns: 0, starts, units }
 }
 
 /// All ways to pick `count` numbers below `end`, ascending and starting with 0.

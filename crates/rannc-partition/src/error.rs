@@ -1,6 +1,39 @@
 //! Why a graph cannot be divided as asked, and what is wrong with a division made by hand.
 
+use rannc_cost::Sharding;
 use thiserror::Error;
+
+/// A change with which something fits, everything else staying as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Let the planner compute parts of the model again in backward.
+    Recompute,
+    /// Let the replicas of a stage divide state up to this level.
+    Sharding(Sharding),
+    /// So many devices, more like the last one.
+    Devices(usize),
+    /// So many bytes for each device to use.
+    Memory(u64),
+    /// A global batch of so many rows.
+    Batch(u64),
+    /// Let the planner choose stages, replicas and microbatches.
+    Unforced,
+}
+
+impl std::fmt::Display for Remedy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Recompute => f.write_str("allow recompute"),
+            Self::Sharding(level) => write!(f, "allow sharding up to `{level}`"),
+            Self::Devices(count) => write!(f, "use {count} devices"),
+            Self::Memory(bytes) => write!(f, "let each device use {}", Bytes(*bytes)),
+            Self::Batch(rows) => write!(f, "use a batch of {rows} rows"),
+            Self::Unforced => {
+                f.write_str("let the planner choose stages, replicas and microbatches")
+            }
+        }
+    }
+}
 
 /// A division that cannot be found or does not hold.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -74,8 +107,8 @@ pub enum PartitionError {
         limit_bytes: u64,
         /// That stage, for a person.
         stage: String,
-        /// What would help.
-        advice: String,
+        /// What would help, each by itself.
+        remedies: Vec<Remedy>,
     },
     /// An operator that no stage runs.
     #[error("operator `{node}` is in no stage")]
@@ -151,7 +184,10 @@ impl PartitionError {
                  mixes the rows of its batch"
                     .into()
             }
-            Self::DoesNotFit { advice, .. } => advice.clone(),
+            Self::DoesNotFit { remedies, .. } => {
+                let remedies: Vec<String> = remedies.iter().map(Remedy::to_string).collect();
+                format!("any of these would do: {}", remedies.join("; "))
+            }
             Self::Missing { .. } => "add it to a stage".into(),
             Self::Twice { .. } => "leave it in one of them".into(),
             Self::Backwards { stage, from, .. } => {

@@ -6,22 +6,29 @@
 //! microbatches and returns the best few for a simulator to choose from. [`stages_are_valid`]
 //! checks divisions made by hand, [`assign`] carries one over to another capture of the model.
 
+mod advice;
 mod atomic;
 mod block;
+mod bound;
 #[cfg(test)]
 mod brute;
 mod error;
-mod interval;
+mod layout;
 mod order;
+mod price;
+mod runs;
 mod search;
 mod stage;
 mod storage;
-mod table;
+mod threshold;
 mod union;
 mod valid;
 
 pub use atomic::Atoms;
 pub use block::Blocks;
-pub use error::PartitionError;
-pub use search::{Candidate, Options, StageCandidate, microbatch_candidates, search};
+pub use bound::LowerBound;
+pub use error::{PartitionError, Remedy};
+pub use search::{
+    Candidate, Options, Partitioner, Progress, StageCandidate, microbatch_candidates, search,
+};
 pub use valid::{assign, stages_are_valid};

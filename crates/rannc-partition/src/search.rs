@@ -1,25 +1,36 @@
 //! The search for the best division: numbers of stages and microbatches, and schedules.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fixedbitset::FixedBitSet;
-use rannc_cost::{Cluster, CostModel, ScheduleKind, Sharding, Training};
+use rannc_cost::{Classes, Cluster, DeviceCosts, ScheduleKind, Sharding, Training};
 use rannc_graph::{Graph, NodeId};
 
-use crate::error::Bytes;
-use crate::interval::Intervals;
-use crate::stage::{Division, Goal, Problem};
-use crate::table::{Layout, Setting, Table};
+use crate::block::{Balance, Line};
+use crate::bound::{Ground, LowerBound};
+use crate::layout::{Layout, Shape};
+use crate::price::{FactCache, Pricer, Setting};
+use crate::runs::Runs;
+use crate::stage::{Division, Problem};
 use crate::{Atoms, Blocks, PartitionError};
 
 /// The most candidates that a search returns.
 const NUM_CANDIDATES: usize = 8;
-/// Candidates may take longer than the best by this part of it: a half.
-const WORST_OVER_BEST: u64 = 2;
-/// The most units that devices are handed out in; with more devices, a unit is several.
+/// Candidates may take longer than the best by this part of it.
+const WORST_OVER_BEST: u64 = 8;
+/// The most units that devices are handed out in, unless more stages are needed to fit.
 const MAX_UNITS: usize = 64;
-/// The most blocks, unless more stages were asked for; also tried when nothing fits with fewer.
-const MAX_BLOCKS: usize = 128;
+/// The most blocks.
+const MAX_BLOCKS: usize = 1024;
+/// What the exact programme may cost, by its own estimate; beyond it is approximated.
+const EXACT_EFFORT: u64 = 1 << 20;
+/// The blocks around a cut are cut into so many pieces to find a better place for it.
+const PIECES: usize = 6;
+/// The most blocks then, roughly.
+const MAX_FINE_BLOCKS: usize = 384;
+/// The most orders of unlike devices to try, and the most devices for which all are tried.
+const MAX_ORDERS: usize = 100;
 
 /// What to plan for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,11 +49,18 @@ pub struct Options {
     pub num_stages: Option<usize>,
     /// Exactly this many replicas of every stage.
     pub num_replicas: Option<usize>,
-    /// The number of blocks that the model is cut into before the search, at most 128. More are
-    /// used if there are to be more stages, or if nothing fits.
+    /// The number of blocks that the model is cut into before the search. More are used if there
+    /// are to be more stages, or if nothing fits.
     pub max_blocks: usize,
-    /// What a stage may take on each device.
+    /// What a stage may take on a device: the least of this and of the device's memory without the
+    /// margin.
     pub memory_limit_bytes: u64,
+    /// The part of each device's memory to leave free, in millionths.
+    pub memory_margin_ppm: u64,
+    /// Whether blocks may be computed again in backward.
+    pub recompute: bool,
+    /// The most that the replicas of a stage may divide among themselves.
+    pub sharding: Sharding,
     /// What training adds to the model's memory.
     pub training: Training,
     /// The schedules to consider; of equals the first wins.
@@ -62,10 +80,24 @@ impl Options {
             num_replicas: None,
             max_blocks: 32,
             memory_limit_bytes,
+            memory_margin_ppm: 0,
+            recompute: false,
+            sharding: Sharding::None,
             training: Training::default(),
             schedules: vec![ScheduleKind::FillDrain],
         }
     }
+}
+
+/// Who wants to know how far a search is. Called often: what is shown is up to the receiver.
+pub trait Progress {
+    /// Some phase has done so many of its steps.
+    fn update(&self, phase: &str, done: u64, total: u64);
+}
+
+/// Nobody.
+impl Progress for () {
+    fn update(&self, _: &str, _: u64, _: u64) {}
 }
 
 /// A stage of a candidate.
@@ -118,44 +150,140 @@ pub fn microbatch_candidates(options: &Options) -> Vec<u64> {
     found.into_iter().collect()
 }
 
-/// Finds the best ways to train the model: at most 8, best first, all different, none estimated to
-/// take more than half as long again as the best.
-///
-/// All devices are used if rows and memory allow. Where they do not, devices are left idle, and the
-/// fastest way wins however many it uses: no stage gets more replicas than a microbatch has
-/// rows, and a batch that cannot be split has one microbatch and one replica of each stage. With
-/// more than 64 devices they are handed out in equal groups. Replicas that were asked for apply to
-/// every stage; if stages were not, there are as many as the devices suffice for.
-///
-/// Candidates are compared by estimated time, then number of stages, number of microbatches, order
-/// of the schedule in the options, places of the cuts and replicas. Each is the best of its number of
-/// stages, number of microbatches and schedule.
+/// Divides one graph, again and again: what depends on the graph alone is found once, and what
+/// depends on devices and batch is kept as long as they stay the same.
+pub struct Partitioner<'g> {
+    pub(crate) graph: &'g Graph,
+    atoms: Atoms,
+    lines: Mutex<BTreeMap<LineKey, Arc<Line>>>,
+    cut: Mutex<BTreeMap<(LineKey, usize, u64), Arc<Cut>>>,
+}
+
+/// The rows at which times are compared, what is balanced, and the device, by a text.
+type LineKey = (u64, Balance, String);
+
+/// Blocks with what runs of them amount to.
+pub(crate) struct Cut {
+    pub(crate) blocks: Blocks,
+    pub(crate) runs: Runs,
+}
+
+impl<'g> Partitioner<'g> {
+    /// Finds the atoms of the graph.
+    pub fn new(graph: &'g Graph) -> Self {
+        let atoms = Atoms::new(graph);
+        Self { graph, atoms, lines: Mutex::default(), cut: Mutex::default() }
+    }
+
+    /// The graph's atoms.
+    pub fn atoms(&self) -> &Atoms {
+        &self.atoms
+    }
+
+    /// Finds the best ways to train the model: at most 8, best first, all different, none estimated
+    /// to take more than an eighth longer than the best.
+    ///
+    /// All devices are used if rows and memory allow. Where they do not, devices are left idle, and
+    /// the fastest way wins however many it uses: no stage gets more replicas than a microbatch has
+    /// rows, and a batch that cannot be split has one microbatch and one replica of each stage.
+    /// Replicas that were asked for apply to every stage; if stages were not, there are as many as the
+    /// devices suffice for.
+    ///
+    /// Candidates are compared by estimated time, then number of stages, number of microbatches, order
+    /// of the schedule in the options, places of the cuts and devices.
+    ///
+    /// # Errors
+    ///
+    /// Any [`PartitionError`] about options, or [`PartitionError::DoesNotFit`].
+    pub fn search(
+        &self,
+        costs: &DeviceCosts<'_>,
+        cluster: &Cluster,
+        options: &Options,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Candidate>, PartitionError> {
+        check(self.graph, &self.atoms, cluster, options)?;
+        if self.atoms.is_empty() {
+            return Ok(vec![trivial(self.graph, options)]);
+        }
+        let search = Search { progress, ..Search::new(self, costs, cluster, options) };
+        let found = search.run()?;
+        log::debug!("{} candidates, best estimate {} ns", found.len(), found[0].estimate_ns);
+        Ok(found)
+    }
+
+    /// How short a step can possibly be with these devices and options.
+    pub fn lower_bound(
+        &self,
+        costs: &DeviceCosts<'_>,
+        cluster: &Cluster,
+        options: &Options,
+    ) -> LowerBound {
+        let classes = cluster.classes(options.num_devices);
+        let limits = limits(&classes, options);
+        let ground = Ground {
+            graph: self.graph,
+            atoms: &self.atoms,
+            costs,
+            classes: &classes,
+            limits: &limits,
+            training: &options.training,
+            sharding: options.sharding,
+            batch_rows: options.batch_rows,
+        };
+        let splittable = self.graph.batch().splittable;
+        let counts = if splittable { microbatch_candidates(options) } else { vec![1] };
+        ground.bound(&counts)
+    }
+
+    fn line(&self, costs: &DeviceCosts<'_>, key: &LineKey) -> Arc<Line> {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let make = || Arc::new(Line::of(self.graph, &self.atoms, costs.class(0), key.0, key.1));
+        Arc::clone(lines.entry(key.clone()).or_insert_with(make))
+    }
+
+    fn cut(
+        &self,
+        costs: &DeviceCosts<'_>,
+        key: &LineKey,
+        num_blocks: usize,
+        batch: u64,
+    ) -> Arc<Cut> {
+        let line = self.line(costs, key);
+        let mut cuts = self.cut.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (key.clone(), num_blocks, batch);
+        let make = || Arc::new(self.runs_of(costs, Blocks::cut(&line, num_blocks), batch));
+        Arc::clone(cuts.entry(key).or_insert_with(make))
+    }
+
+    fn runs_of(&self, costs: &DeviceCosts<'_>, blocks: Blocks, batch_rows: u64) -> Cut {
+        let runs = Runs::new(self.graph, &self.atoms, &blocks, costs.class(0), batch_rows);
+        Cut { blocks, runs }
+    }
+}
+
+/// Finds the best ways to train the model; see [`Partitioner::search`].
 ///
 /// # Errors
 ///
 /// Any [`PartitionError`] about options, or [`PartitionError::DoesNotFit`].
 pub fn search(
     graph: &Graph,
-    costs: &dyn CostModel,
+    costs: &DeviceCosts<'_>,
     cluster: &Cluster,
     options: &Options,
 ) -> Result<Vec<Candidate>, PartitionError> {
-    let atoms = Atoms::new(graph);
-    check(graph, &atoms, cluster, options)?;
-    if atoms.is_empty() {
-        return Ok(vec![trivial(graph, options)]);
-    }
-    let search = Search { graph, atoms: &atoms, costs, cluster, options };
-    let wanted = options.max_blocks.clamp(1, MAX_BLOCKS);
-    let mut num_blocks = wanted.max(options.num_stages.unwrap_or(1));
-    loop {
-        let result = search.with_blocks(num_blocks);
-        let more = (num_blocks * 2).min(MAX_BLOCKS).min(atoms.len());
-        match result {
-            Err(PartitionError::DoesNotFit { .. }) if more > num_blocks => num_blocks = more,
-            _ => return result,
-        }
-    }
+    Partitioner::new(graph).search(costs, cluster, options, &())
+}
+
+/// What a stage may take on a device of each class.
+fn limits(classes: &Classes, options: &Options) -> Vec<u64> {
+    let usable = |bytes: u64| {
+        let left = 1_000_000 - options.memory_margin_ppm.min(1_000_000);
+        (u128::from(bytes) * u128::from(left) / 1_000_000) as u64
+    };
+    let limit = |bytes| usable(bytes).min(options.memory_limit_bytes);
+    classes.devices.iter().map(|device| limit(device.memory_bytes)).collect()
 }
 
 /// The only way to run a model without operators.
@@ -223,273 +351,418 @@ fn check(
     Ok(())
 }
 
-struct Search<'a> {
-    graph: &'a Graph,
-    atoms: &'a Atoms,
-    costs: &'a dyn CostModel,
-    cluster: &'a Cluster,
-    options: &'a Options,
+pub(crate) struct Search<'a, 'g> {
+    pub(crate) partitioner: &'a Partitioner<'g>,
+    pub(crate) costs: &'a DeviceCosts<'a>,
+    pub(crate) cluster: &'a Cluster,
+    pub(crate) options: &'a Options,
+    classes: Classes,
+    pub(crate) limits: Vec<u64>,
+    orders: Vec<Vec<u32>>,
+    progress: &'a dyn Progress,
 }
 
 /// A division with what candidates are compared by, in this order.
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Found {
     step_ns: u64,
     num_stages: usize,
     microbatches: u64,
     /// The position of the schedule in the options.
     schedule: usize,
+    starts: Vec<usize>,
+    ranks: Vec<Vec<u32>>,
+    /// Where the division belongs: numbers of the pricer and of the layout.
+    place: (usize, usize),
     division: Division,
 }
 
-/// A number of microbatches with a way to hand out devices.
-struct Case {
-    setting_microbatches: u64,
-    layout: Layout,
-    table: Table,
+/// Everything for one number of microbatches.
+pub(crate) struct Case<'a> {
+    pub(crate) pricer: Pricer<'a>,
+    pub(crate) remaining: Vec<(u64, u64)>,
+    pub(crate) layouts: Vec<Layout>,
 }
 
-impl Search<'_> {
-    fn with_blocks(&self, max_blocks: usize) -> Result<Vec<Candidate>, PartitionError> {
-        let blocks = self.blocks(max_blocks);
-        let cases = self.cases(&blocks);
-        let problems = self.problems(&cases);
-        let busy: Vec<&Problem> = problems
-            .iter()
-            .filter(|problem| self.graph.batch().splittable && problem.layout.uses_all)
-            .collect();
-        let all: Vec<&Problem> = problems.iter().collect();
-        for allowed in [busy, all] {
-            if let Some(bounds) = Self::bounds(&allowed) {
-                return Ok(self.candidates(self.solve(&allowed, &bounds), &blocks));
-            }
-        }
-        Err(self.does_not_fit(&problems, &blocks))
+impl<'a, 'g> Search<'a, 'g> {
+    pub(crate) fn new(
+        partitioner: &'a Partitioner<'g>,
+        costs: &'a DeviceCosts<'a>,
+        cluster: &'a Cluster,
+        options: &'a Options,
+    ) -> Self {
+        let classes = cluster.classes(options.num_devices);
+        let limits = limits(&classes, options);
+        let orders = orders(&classes);
+        Self { partitioner, costs, cluster, options, classes, limits, orders, progress: &() }
     }
 
-    fn blocks(&self, max_blocks: usize) -> Blocks {
-        let rows = self.options.batch_rows.div_ceil(self.options.num_devices as u64);
-        let rows = if self.graph.batch().splittable { rows } else { self.options.batch_rows };
-        Blocks::new(self.graph, self.atoms, self.costs, rows, max_blocks)
+    fn run(&self) -> Result<Vec<Candidate>, PartitionError> {
+        let num_atoms = self.partitioner.atoms.len();
+        let scarce = self.fewest_stages();
+        let balance = if scarce > 1 { Balance::TimeAndState } else { Balance::Time };
+        let wanted = self.options.max_blocks.clamp(1, MAX_BLOCKS);
+        let wanted = wanted.max(self.options.num_stages.unwrap_or(1));
+        let mut num_blocks = wanted.max((scarce * 3).min(MAX_BLOCKS)).min(num_atoms);
+        loop {
+            let found = self.with_blocks(num_blocks, balance, scarce)?;
+            if !found.is_empty() {
+                return Ok(found);
+            }
+            num_blocks = (num_blocks * 2).min(MAX_BLOCKS).min(num_atoms);
+        }
+    }
+
+    /// How many stages the parameters need at least.
+    pub(crate) fn fewest_stages(&self) -> usize {
+        let graph = self.partitioner.graph;
+        let factor = self.options.training.optimizer_state_factor_ppm;
+        let devices = self.options.num_devices as u64;
+        let mut bytes = 0_u64;
+        for value in graph.value_ids().filter(|&id| graph.value(id).is_state()) {
+            let size = graph.value(value).bytes(1);
+            let (mut copies, mut parts) = (size, 0);
+            if rannc_cost::is_trained(graph, value) {
+                let state = (u128::from(size) * u128::from(factor) / 1_000_000) as u64;
+                (copies, parts) = match self.options.sharding {
+                    Sharding::None => (size.saturating_mul(2).saturating_add(state), 0),
+                    Sharding::Optimizer => (size.saturating_mul(2), state),
+                    Sharding::Gradients => (size, state.saturating_add(size)),
+                    Sharding::Parameters => (0, state.saturating_add(size.saturating_mul(2))),
+                };
+            }
+            bytes = bytes.saturating_add(copies).saturating_add(parts / devices.max(1));
+        }
+        let most = self.limits.iter().copied().max().unwrap_or(1).max(1);
+        usize::try_from(bytes.div_ceil(most)).unwrap_or(usize::MAX).clamp(1, MAX_BLOCKS)
+    }
+
+    /// The rows to balance blocks at: what a device has if all share a batch, as a power of two, so
+    /// that a few devices more or less change nothing.
+    fn block_rows(&self) -> u64 {
+        if self.partitioner.graph.batch().splittable {
+            let rows = self.options.batch_rows.div_ceil(self.options.num_devices as u64);
+            rows.next_power_of_two().min(self.options.batch_rows)
+        } else {
+            self.options.batch_rows
+        }
+    }
+
+    fn with_blocks(
+        &self,
+        num_blocks: usize,
+        balance: Balance,
+        scarce: usize,
+    ) -> Result<Vec<Candidate>, PartitionError> {
+        let key = (self.block_rows(), balance, format!("{:?}", self.classes.devices[0]));
+        let cut = self.partitioner.cut(self.costs, &key, num_blocks, self.options.batch_rows);
+        let facts = FactCache::new(&cut.runs, self.costs);
+        for may_idle in [false, true] {
+            let cases = self.cases(&cut.runs, &facts, may_idle, scarce);
+            let found = self.solve(&cases);
+            log::debug!(
+                "{num_blocks} blocks, idle devices {}: {} divisions",
+                if may_idle { "allowed" } else { "not allowed" },
+                found.len()
+            );
+            if !found.is_empty() {
+                return Ok(self.candidates(&found, &cases, &cut));
+            }
+        }
+        if num_blocks < MAX_BLOCKS.min(self.partitioner.atoms.len()) {
+            // Tried again with more blocks: nobody reads more than that nothing fits.
+            return Ok(Vec::new());
+        }
+        Err(self.does_not_fit(&cut))
+    }
+
+    fn setting(&self, microbatches: u64) -> Setting<'_> {
+        Setting {
+            cluster: self.cluster,
+            classes: &self.classes,
+            limits: &self.limits,
+            training: &self.options.training,
+            batch_rows: self.options.batch_rows,
+            microbatches,
+            splittable: self.partitioner.graph.batch().splittable,
+            recompute: self.options.recompute,
+            sharding: self.options.sharding,
+            num_devices: self.options.num_devices,
+        }
+    }
+
+    pub(crate) fn cases<'b>(
+        &'b self,
+        runs: &'b Runs,
+        facts: &'b FactCache<'b>,
+        may_idle: bool,
+        scarce: usize,
+    ) -> Vec<Case<'b>> {
+        let splittable = self.partitioner.graph.batch().splittable;
+        let counts = if splittable { microbatch_candidates(self.options) } else { vec![1] };
+        let shapes = self.shapes(runs.num_blocks(), scarce);
+        let case = |microbatches| {
+            let setting = self.setting(microbatches);
+            let pricer = Pricer::new(runs, facts, setting);
+            let remaining = pricer.remaining();
+            let layout = |(shape, order): (&Units, &Vec<u32>)| {
+                let &Units { shape, one_each, stage_counts } = shape;
+                let classes = &self.classes;
+                Layout::new(self.cluster, classes, order, shape, one_each, stage_counts, may_idle)
+            };
+            let pairs =
+                shapes.iter().flat_map(|shape| self.orders.iter().map(move |order| (shape, order)));
+            Case { pricer, remaining, layouts: pairs.map(layout).collect() }
+        };
+        counts.into_iter().map(case).collect()
+    }
+
+    /// The ways to make units of the devices.
+    fn shapes(&self, num_blocks: usize, scarce: usize) -> Vec<Units> {
+        let num_devices = self.options.num_devices;
+        let most_stages = num_blocks.min(num_devices);
+        let stage_counts = self.options.num_stages.map_or((1, most_stages), |count| (count, count));
+        if let Some(replicas) = self.options.num_replicas {
+            let count = (num_devices / replicas).min(num_blocks);
+            let count = self.options.num_stages.unwrap_or(count);
+            let shape = Shape::Groups(count, replicas);
+            return vec![Units { shape, one_each: true, stage_counts: (count, count) }];
+        }
+        let units = |shape| Units { shape, one_each: false, stage_counts };
+        let needed = stage_counts.0.max(scarce);
+        let most_units = MAX_UNITS.max(needed.saturating_mul(4)).min(num_devices);
+        let mut counts: BTreeSet<usize> = (1..=most_units)
+            .filter(|count| num_devices.is_multiple_of(*count))
+            .chain([MAX_UNITS, MAX_UNITS / 2, most_units])
+            .filter(|&count| (stage_counts.0..=most_units).contains(&count))
+            .collect();
+        if num_devices <= MAX_UNITS {
+            // Units of one device are all that the others are, side by side.
+            counts.retain(|&count| count == num_devices);
+        }
+        let mut shapes: Vec<Units> =
+            counts.iter().map(|&count| units(Shape::Neighbours(count))).collect();
+        let nodes = self.cluster.devices[..num_devices].iter().map(|device| device.node);
+        let several_nodes = nodes.clone().max() != nodes.min();
+        if several_nodes && self.classes.devices.len() == 1 {
+            let copies = (2..=num_devices / stage_counts.0.max(1))
+                .filter(|&copies| num_devices.is_multiple_of(copies))
+                .map(|copies| (num_devices / copies, copies))
+                .filter(|&(count, _)| count > 1 && count <= most_units);
+            shapes.extend(copies.map(|(count, copies)| units(Shape::Copies(count, copies))));
+        }
+        shapes
     }
 
     /// The best divisions of all problems, best first.
-    fn solve(&self, problems: &[&Problem], bounds: &[u64]) -> Vec<Found> {
-        let mut found = Vec::new();
-        for (problem, &bound) in problems.iter().zip(bounds) {
-            let schedules = &self.options.schedules;
-            let schedule = schedules.iter().position(|&kind| kind == problem.schedule);
-            let schedule = schedule.expect("problems are made from the schedules of the options");
-            let divisions = problem.solve(Goal::Time { bound }).into_iter();
-            found.extend(divisions.map(|division| Found {
-                step_ns: division.value,
-                num_stages: division.starts.len(),
-                microbatches: problem.microbatches,
-                schedule,
-                division,
-            }));
+    fn solve(&self, cases: &[Case<'_>]) -> Vec<Found> {
+        let schedules = &self.options.schedules;
+        let mut problems = Vec::new();
+        for (case_index, case) in cases.iter().enumerate() {
+            for (layout_index, layout) in case.layouts.iter().enumerate() {
+                for (schedule, &kind) in schedules.iter().enumerate() {
+                    let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                    let place = (case_index, layout_index);
+                    problems.push((problem.bound(), place, schedule, problem));
+                }
+            }
         }
+        problems.sort_by_key(|(bound, place, schedule, _)| (*bound, *place, *schedule));
+        let mut found: Vec<Found> = Vec::new();
+        let mut best = u64::MAX;
+        let total = problems.len() as u64;
+        for (done, (bound, place, schedule, problem)) in problems.iter().enumerate() {
+            self.progress.update("searching divisions", done as u64, total);
+            let most = best.saturating_add(best / WORST_OVER_BEST);
+            if *bound > most {
+                break;
+            }
+            let divisions = if problem.effort() <= EXACT_EFFORT {
+                problem.exact(most)
+            } else {
+                problem.approximate(most)
+            };
+            for division in divisions {
+                best = best.min(division.step_ns);
+                found.push(Found {
+                    step_ns: division.step_ns,
+                    num_stages: division.starts.len(),
+                    microbatches: problem.microbatches(),
+                    schedule: *schedule,
+                    starts: division.starts.clone(),
+                    ranks: division
+                        .units
+                        .iter()
+                        .map(|&(start, end)| problem.layout.ranks(start, end))
+                        .collect(),
+                    place: *place,
+                    division,
+                });
+            }
+        }
+        log::debug!("{} problems, {} divisions", problems.len(), found.len());
         found.sort();
         found
     }
 
-    /// The best few as candidates; a division that is there with another schedule is left out.
-    fn candidates(&self, found: Vec<Found>, blocks: &Blocks) -> Vec<Candidate> {
-        let mut kept: Vec<Found> = Vec::new();
-        for next in found {
-            let same = |other: &Found| {
-                (other.microbatches, &other.division) == (next.microbatches, &next.division)
+    /// The best few as candidates, with their cuts moved to better places; a division that is there
+    /// with another schedule is left out.
+    fn candidates(&self, found: &[Found], cases: &[Case<'_>], cut: &Cut) -> Vec<Candidate> {
+        let most = found[0].step_ns.saturating_add(found[0].step_ns / WORST_OVER_BEST);
+        let mut kept: Vec<&Found> = Vec::new();
+        for next in found.iter().filter(|next| next.step_ns <= most) {
+            let same = |other: &&Found| {
+                (other.microbatches, &other.starts, &other.ranks)
+                    == (next.microbatches, &next.starts, &next.ranks)
             };
-            if kept.len() < NUM_CANDIDATES && !kept.iter().any(same) {
+            if kept.len() < NUM_CANDIDATES && !kept.iter().any(|other| same(&other)) {
                 kept.push(next);
             }
         }
-        let candidate = |found: Found| Candidate {
-            stages: self.stages(&found.division, blocks),
-            microbatches: found.microbatches,
-            schedule: self.options.schedules[found.schedule],
-            estimate_ns: found.step_ns,
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for found in kept {
+            let case = &cases[found.place.0];
+            let layout = &case.layouts[found.place.1];
+            let kind = self.options.schedules[found.schedule];
+            let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+            candidates.push(self.candidate(&problem, &found.division, cut));
+            candidates.extend(self.refined(&problem, &found.division, cut));
+        }
+        candidates.sort_by_key(|candidate| candidate.estimate_ns);
+        let mut distinct: Vec<Candidate> = Vec::new();
+        for candidate in candidates {
+            if distinct.len() < NUM_CANDIDATES && !distinct.contains(&candidate) {
+                distinct.push(candidate);
+            }
+        }
+        distinct
+    }
+
+    /// The division with its cuts at the best places nearby.
+    fn refined(&self, coarse: &Problem<'_>, division: &Division, cut: &Cut) -> Option<Candidate> {
+        let num_stages = division.starts.len();
+        if num_stages == 1 || cut.blocks.len() == self.partitioner.atoms.len() {
+            return None;
+        }
+        let pieces = (MAX_FINE_BLOCKS / (2 * num_stages)).clamp(1, PIECES);
+        let blocks = cut.blocks.zoom(&division.starts[1..], pieces);
+        let fine = self.partitioner.runs_of(self.costs, blocks, self.options.batch_rows);
+        let facts = FactCache::new(&fine.runs, self.costs);
+        let pricer = Pricer::new(&fine.runs, &facts, coarse.pricer.setting);
+        let remaining = pricer.remaining();
+        let problem = Problem::new(&pricer, coarse.layout, coarse.schedule, &remaining);
+        let better = division.step_ns.saturating_sub(1);
+        let found = if problem.effort() <= EXACT_EFFORT {
+            problem.exact(better)
+        } else {
+            problem.approximate(better)
         };
-        kept.into_iter().map(candidate).collect()
+        let best = found.into_iter().min()?;
+        Some(self.candidate(&problem, &best, &fine))
     }
 
-    fn stages(&self, division: &Division, blocks: &Blocks) -> Vec<StageCandidate> {
-        let ends = division.starts.iter().skip(1).copied().chain([blocks.len()]);
-        let ranges = division.starts.iter().zip(ends).zip(&division.replicas);
-        let mut next = 0;
-        ranges
-            .map(|((&start, end), &replicas)| {
-                let atoms = blocks.atoms(start..end).iter().copied();
-                let ranks = next..next + replicas as u32;
-                next = ranks.end;
-                StageCandidate {
-                    nodes: self.atoms.stage(self.graph, atoms),
-                    ranks: ranks.collect(),
-                    ..StageCandidate::default()
-                }
-            })
-            .collect()
+    fn candidate(&self, problem: &Problem<'_>, division: &Division, cut: &Cut) -> Candidate {
+        let Partitioner { graph, atoms, .. } = self.partitioner;
+        let stage = |((start, end), units, in_flight): ((usize, usize), (usize, usize), u64)| {
+            let details = problem.details((start, end), units, in_flight).unwrap_or_default();
+            let ranks = problem.layout.ranks(units.0, units.1);
+            let rows_of = |rank: &u32| {
+                let class = self.classes.of_rank[*rank as usize];
+                let found = details.shares.iter().find(|&&(of, _)| of == class);
+                found.map_or(1, |&(_, rows)| rows)
+            };
+            let mut shares: Vec<u64> = ranks.iter().map(rows_of).collect();
+            if shares.windows(2).all(|pair| pair[0] == pair[1]) {
+                shares.clear();
+            }
+            let group = |&block: &usize| {
+                let mut group: Vec<NodeId> = cut.blocks.members(atoms, block).copied().collect();
+                group.sort_unstable();
+                group
+            };
+            StageCandidate {
+                nodes: atoms.stage(graph, cut.blocks.atoms(start..end).iter().copied()),
+                ranks,
+                shares,
+                sharding: details.sharding,
+                recompute: details.repeated.iter().map(group).collect(),
+            }
+        };
+        Candidate {
+            stages: problem.stages(division).into_iter().map(stage).collect(),
+            microbatches: problem.microbatches(),
+            schedule: problem.schedule,
+            estimate_ns: division.step_ns,
+        }
     }
+}
 
-    fn setting(&self, microbatches: u64) -> Setting<'_> {
-        let Options { batch_rows, ref training, .. } = *self.options;
-        Setting { cluster: self.cluster, training, batch_rows, microbatches }
+/// A shape with how stages may use it.
+struct Units {
+    shape: Shape,
+    one_each: bool,
+    stage_counts: (usize, usize),
+}
+
+/// The orders in which devices are handed out: their own, and where they are not all alike as many
+/// others as are worth it.
+fn orders(classes: &Classes) -> Vec<Vec<u32>> {
+    let own: Vec<u32> = (0..classes.of_rank.len() as u32).collect();
+    if classes.devices.len() < 2 {
+        return vec![own];
     }
-
-    /// Every number of microbatches with every layout, priced.
-    fn cases(&self, blocks: &Blocks) -> Vec<Case> {
-        let splittable = self.graph.batch().splittable;
-        let counts = if splittable { microbatch_candidates(self.options) } else { vec![1] };
-        let laid_out: Vec<(u64, Layout)> = counts
-            .into_iter()
-            .flat_map(|microbatches| {
-                let layouts = self.layouts(self.setting(microbatches), blocks.len());
-                layouts.into_iter().map(move |layout| (microbatches, layout))
+    let class = |rank: u32| classes.of_rank[rank as usize];
+    let mut found: BTreeSet<Vec<usize>> = BTreeSet::new();
+    let own_classes: Vec<usize> = own.iter().map(|&rank| class(rank)).collect();
+    arrangements(&mut own_classes.clone(), 0, &mut found);
+    let mut sequences: Vec<Vec<usize>> = vec![own_classes.clone()];
+    if found.len() <= MAX_ORDERS {
+        sequences.extend(found);
+    } else {
+        let mut sorted = own_classes;
+        for key in [0, 1] {
+            sorted.sort_by_key(|&class| {
+                let device = &classes.devices[class];
+                let by = [device.memory_bytes, device.flops_per_second];
+                (by[key], class)
+            });
+            sequences.push(sorted.clone());
+            sequences.push(sorted.iter().rev().copied().collect());
+        }
+    }
+    let mut orders: Vec<Vec<u32>> = Vec::new();
+    for sequence in sequences {
+        let mut left = own.clone();
+        let order: Vec<u32> = sequence
+            .iter()
+            .filter_map(|&wanted| {
+                let at = left.iter().position(|&rank| class(rank) == wanted)?;
+                Some(left.remove(at))
             })
             .collect();
-        let mut all_rows: BTreeSet<u64> = BTreeSet::new();
-        for (microbatches, layout) in &laid_out {
-            let setting = self.setting(*microbatches);
-            all_rows.extend(layout.replica_counts().into_iter().map(|count| setting.rows(count)));
+        if !orders.contains(&order) {
+            orders.push(order);
         }
-        let batch_rows = self.options.batch_rows;
-        let intervals =
-            Intervals::new(self.graph, self.atoms, blocks, self.costs, batch_rows, all_rows);
-        let case = |(microbatches, layout)| {
-            let table = Table::new(&intervals, &layout, self.setting(microbatches));
-            Case { setting_microbatches: microbatches, layout, table }
-        };
-        laid_out.into_iter().map(case).collect()
     }
+    orders
+}
 
-    /// The ways to hand out devices with some number of microbatches.
-    ///
-    /// Numbers of stages that can use all devices share one layout. The others get as many replicas
-    /// for each stage as there are rows, or as was asked for.
-    fn layouts(&self, setting: Setting, num_blocks: usize) -> Vec<Layout> {
-        let num_devices = self.options.num_devices;
-        let splittable = self.graph.batch().splittable;
-        let most = if splittable { setting.most_replicas() } else { 1 };
-        let fixed = self.options.num_replicas;
-        let unit = num_devices.div_ceil(MAX_UNITS);
-        let num_units = num_devices.div_ceil(unit);
-        let counts = match (self.options.num_stages, fixed) {
-            (Some(count), _) => count..=count,
-            (None, Some(replicas)) => {
-                let count = (num_devices / replicas).min(num_blocks);
-                count..=count
-            }
-            (None, None) => 1..=num_devices.min(num_blocks),
-        };
-        let mut layouts = Vec::new();
-        let mut sharing = Vec::new();
-        for count in counts {
-            if fixed.is_none() && count <= num_units && count * (most / unit) >= num_units {
-                sharing.push(count);
-                continue;
-            }
-            let replicas = fixed.unwrap_or(most.min(num_devices / count));
-            if replicas <= most {
-                let offsets = (0..=count).map(|stage| stage * replicas).collect();
-                layouts.push(Layout::new(self.cluster, num_devices, offsets, true, vec![count]));
-            }
+/// All distinct orders of the classes, until there are too many.
+fn arrangements(classes: &mut Vec<usize>, from: usize, found: &mut BTreeSet<Vec<usize>>) {
+    if found.len() > MAX_ORDERS {
+        return;
+    }
+    if from == classes.len() {
+        found.insert(classes.clone());
+        return;
+    }
+    for at in from..classes.len() {
+        if classes[from..at].contains(&classes[at]) {
+            continue;
         }
-        if !sharing.is_empty() {
-            let offsets = (0..=num_units).map(|index| (index * unit).min(num_devices)).collect();
-            layouts.push(Layout::new(self.cluster, num_devices, offsets, false, sharing));
-        }
-        layouts
-    }
-
-    fn problems<'a>(&self, cases: &'a [Case]) -> Vec<Problem<'a>> {
-        let schedules = &self.options.schedules;
-        let both = cases.iter().flat_map(|case| schedules.iter().map(move |&kind| (case, kind)));
-        both.map(|(case, schedule)| Problem {
-            table: &case.table,
-            layout: &case.layout,
-            microbatches: case.setting_microbatches,
-            schedule,
-            limit_bytes: self.options.memory_limit_bytes,
-        })
-        .collect()
-    }
-
-    /// A step time for each problem that its candidates to return do not exceed; none if nothing
-    /// fits.
-    fn bounds(problems: &[&Problem]) -> Option<Vec<u64>> {
-        let quick: Vec<Vec<Division>> =
-            problems.iter().map(|problem| problem.solve(Goal::QuickTime)).collect();
-        let with_counts = quick.iter().zip(problems).flat_map(|(divisions, problem)| {
-            divisions.iter().map(|division| (division, problem.microbatches))
-        });
-        let mut distinct: Vec<_> = with_counts.collect();
-        distinct.sort_unstable();
-        // With two schedules the same division may appear twice.
-        distinct.dedup();
-        let steps_ns = || distinct.iter().map(|(division, _)| division.value);
-        let best = steps_ns().next()?;
-        let worst = steps_ns().take(NUM_CANDIDATES).next_back()?;
-        let common = worst.min(best.saturating_add(best / WORST_OVER_BEST));
-        let worst_of = |divisions: &Vec<Division>| divisions.iter().map(|found| found.value).max();
-        Some(quick.iter().map(|found| worst_of(found).unwrap_or(0).min(common)).collect())
-    }
-
-    fn does_not_fit(&self, problems: &[Problem], blocks: &Blocks) -> PartitionError {
-        let attempts = problems.iter().enumerate().flat_map(|(index, problem)| {
-            let divisions = problem.solve(Goal::Memory).into_iter();
-            divisions.map(move |division| (division.value, index, division))
-        });
-        let limit_bytes = self.options.memory_limit_bytes;
-        let Some((needed_bytes, index, division)) = attempts.min() else {
-            let problem = "no number of stages, replicas and microbatches is possible".to_owned();
-            return PartitionError::Options { problem };
-        };
-        let problem = &problems[index];
-        let bytes = problem.stage_bytes(&division);
-        let largest = bytes.iter().position(|&bytes| bytes == needed_bytes).unwrap_or_default();
-        let stage = self.describe(problem, &division, largest, blocks);
-        let advice = self.advice(needed_bytes);
-        PartitionError::DoesNotFit { needed_bytes, limit_bytes, stage, advice }
-    }
-
-    fn describe(
-        &self,
-        problem: &Problem,
-        division: &Division,
-        stage: usize,
-        blocks: &Blocks,
-    ) -> String {
-        let end = division.starts.get(stage + 1).copied().unwrap_or(blocks.len());
-        let atoms = blocks.atoms(division.starts[stage]..end);
-        let nodes = atoms.iter().flat_map(|&atom| self.atoms.members(atom));
-        let keys = || nodes.clone().map(|&id| self.graph.node(id).key.as_str());
-        let (first, last) =
-            (keys().next().unwrap_or_default(), keys().next_back().unwrap_or_default());
-        let operators =
-            if first == last { format!("`{first}`") } else { format!("`{first}` to `{last}`") };
-        format!(
-            "stage {} of {} ({operators}; replicas: {}, microbatches: {}, schedule: {})",
-            stage + 1,
-            division.starts.len(),
-            division.replicas[stage],
-            problem.microbatches,
-            problem.schedule,
-        )
-    }
-
-    fn advice(&self, needed_bytes: u64) -> String {
-        let mut advice = format!(
-            "use more devices than {}, devices with more memory ({} for each with this many), \
-             or a smaller batch than {} rows",
-            self.options.num_devices,
-            Bytes(needed_bytes),
-            self.options.batch_rows,
-        );
-        let Options { num_stages, num_replicas, microbatches, .. } = self.options;
-        if num_stages.is_some() || num_replicas.is_some() || microbatches.is_some() {
-            advice += "; or let the planner choose stages, replicas and microbatches";
-        }
-        advice
+        classes.swap(from, at);
+        arrangements(classes, from + 1, found);
+        classes.swap(from, at);
     }
 }
 

@@ -1,68 +1,101 @@
-//! Blocks to *stages*: how many, where they end, and how many replicas each gets.
+//! Blocks to *stages*: how many, where they end, and which devices each gets.
 //!
-//! A dynamic programme from the last stage to the first. Its state is (first block, first device,
-//! number of stages so far), for each of which it keeps the divisions that no other beats in all of
-//! slowest stage, sum of stages, and slowest gradient reduction:
+//! Stages get consecutive blocks and consecutive units of devices. Of a division into stages
 //!
 //! ```text
-//! step = (microbatches - 1) * slowest + sum + reduction
-//!
-//! blocks   0 1 2 | 3 4 | 5 6 7      stages get consecutive blocks
-//! devices  0 0 0 | 1 2 | 3 3 3      and consecutive devices
+//! step = (microbatches - 1) * slowest + sum + tail
 //! ```
 //!
-//! A stage's time is forward, backward and what it waits to receive (inputs, and the gradients of its
-//! outputs) for one microbatch. Counting stages from the end tells how many microbatches are in
-//! flight, hence whether a stage fits. The result is exact for this objective; divisions that
-//! cannot beat a known one are dropped early by a lower bound on what remains.
+//! where `slowest` is the longest that a stage is busy with one microbatch, `sum` the time of one
+//! microbatch through all stages and back, and `tail` what the reduction of gradients adds: a later
+//! stage starts it while earlier ones still run backward. With 1F1B a stage waits for what it
+//! receives; with fill-drain transfers run beside the work of other microbatches, so that the slower
+//! of the two counts.
+//!
+//! [`Problem::exact`] is a dynamic programme from the last stage to the first. Its state is (first
+//! block, first unit, number of stages so far), for each of which it keeps the divisions that no
+//! other beats in all of slowest, sum and tail. Counting stages from the end tells how many
+//! microbatches are in flight, hence whether a stage fits. The result is exact for this objective;
+//! divisions that cannot beat a known one are dropped early.
 //!
 //! # Complexity
 //!
-//! `O(stages * blocks^2 * devices^2)` transitions, each times the divisions kept, less what the bound
-//! cuts off.
+//! `O(stages * blocks^2 * units^2)` transitions, each times the divisions kept, less what the bound
+//! cuts off. Where that is too much, see [`crate::threshold`].
+
+use std::cell::RefCell;
+use std::ops::Range;
 
 use rannc_cost::ScheduleKind;
+use rustc_hash::FxHashMap;
 
-use crate::table::{Layout, StageCost, Table};
-
-/// What the programme minimises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Goal {
-    /// A good step time, keeping one division in each state.
-    QuickTime,
-    /// The least step time; divisions that cannot reach the bound may be dropped.
-    Time { bound: u64 },
-    /// The least memory of the largest stage, whatever the limit.
-    Memory,
-}
+use crate::layout::Layout;
+use crate::price::{Pricer, StageCost, StageDetails};
+use crate::runs::run_index;
 
 /// One search: everything but the number of stages and where they end is fixed.
 pub(crate) struct Problem<'a> {
-    pub(crate) table: &'a Table,
+    pub(crate) pricer: &'a Pricer<'a>,
     pub(crate) layout: &'a Layout,
-    pub(crate) microbatches: u64,
     pub(crate) schedule: ScheduleKind,
-    pub(crate) limit_bytes: u64,
+    /// For the blocks before each: device time and time of one microbatch at best.
+    pub(crate) remaining: &'a [(u64, u64)],
+    prices: RefCell<FxHashMap<(usize, usize, u64), Option<StageCost>>>,
+    /// How many units a run with some microbatches in flight needs to keep within a time.
+    pub(crate) enough: RefCell<FxHashMap<(usize, u64, u64), usize>>,
 }
 
 /// A division into stages.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Division {
-    /// What was minimised: nanoseconds or bytes.
-    pub(crate) value: u64,
+    /// The estimated step.
+    pub(crate) step_ns: u64,
     /// The first block of each stage.
     pub(crate) starts: Vec<usize>,
-    /// The replicas of each stage.
-    pub(crate) replicas: Vec<usize>,
+    /// The units of each stage.
+    pub(crate) units: Vec<Range2>,
 }
 
+/// From a first to one before the last.
+pub(crate) type Range2 = (usize, usize);
+
+/// What a stage adds to a step.
 #[derive(Clone, Copy, Debug)]
-struct Label {
-    slowest: u64,
-    sum: u64,
-    reduction: u64,
+pub(crate) struct StageTime {
+    /// Time that passes from one microbatch to the next.
+    pub(crate) busy: u64,
+    /// Time of one microbatch alone.
+    pub(crate) alone: u64,
+    /// Time from its last backward's start until the stage before can start its own.
+    pub(crate) delay: u64,
+    pub(crate) reduce: u64,
+}
+
+/// Stages put together from the last to some first one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Label {
+    pub(crate) slowest: u64,
+    pub(crate) sum: u64,
+    pub(crate) tail: u64,
     /// First block, first unit and label of the stages behind the first.
-    rest: (usize, usize, usize),
+    pub(crate) rest: (usize, usize, usize),
+}
+
+impl Label {
+    /// No stages yet.
+    pub(crate) fn none(num_blocks: usize, unit: usize) -> Self {
+        Self { slowest: 0, sum: 0, tail: 0, rest: (num_blocks, unit, 0) }
+    }
+
+    /// With a stage in front.
+    pub(crate) fn behind(&self, time: &StageTime, rest: (usize, usize, usize)) -> Self {
+        Self {
+            slowest: self.slowest.max(time.busy),
+            sum: self.sum.saturating_add(time.alone),
+            tail: time.reduce.max(self.tail.saturating_sub(time.delay)),
+            rest,
+        }
+    }
 }
 
 /// The labels of all (first block, first unit) with one number of stages.
@@ -85,31 +118,77 @@ impl Layer {
     }
 }
 
-impl Problem<'_> {
+impl<'a> Problem<'a> {
+    pub(crate) fn new(
+        pricer: &'a Pricer<'a>,
+        layout: &'a Layout,
+        schedule: ScheduleKind,
+        remaining: &'a [(u64, u64)],
+    ) -> Self {
+        Self {
+            pricer,
+            layout,
+            schedule,
+            remaining,
+            prices: RefCell::default(),
+            enough: RefCell::default(),
+        }
+    }
+
+    pub(crate) fn num_blocks(&self) -> usize {
+        self.pricer.runs.num_blocks()
+    }
+
+    pub(crate) fn microbatches(&self) -> u64 {
+        self.pricer.setting.microbatches
+    }
+
+    /// Roughly how much work [`Problem::exact`] is.
+    pub(crate) fn effort(&self) -> u64 {
+        let square = |count: usize| (count as u64) * (count as u64 + 1) / 2;
+        let units = if self.layout.one_unit_each {
+            self.layout.num_units() as u64
+        } else {
+            square(self.layout.num_units())
+        };
+        let stages = self.layout.stage_counts.1.min(self.num_blocks()) as u64;
+        square(self.num_blocks()).saturating_mul(units).saturating_mul(stages)
+    }
+
+    /// A step that no division of this problem beats.
+    pub(crate) fn bound(&self) -> u64 {
+        let devices: usize = self.layout.units.iter().map(Vec::len).sum();
+        let (work, fastest) = self.remaining[self.num_blocks()];
+        self.step_ns(work.div_ceil(devices.max(1) as u64), fastest, 0)
+    }
+
     /// The best division for each number of stages that the layout allows and that fits, by
-    /// number of stages.
-    pub(crate) fn solve(&self, goal: Goal) -> Vec<Division> {
-        let (num_blocks, num_units) = (self.table.num_blocks(), self.layout.num_units());
-        let Some(&most_stages) = self.layout.stage_counts.last() else { return Vec::new() };
+    /// number of stages; those that take longer than `bound` may be missing.
+    pub(crate) fn exact(&self, bound: u64) -> Vec<Division> {
+        let (num_blocks, num_units) = (self.num_blocks(), self.layout.num_units());
+        let (fewest, most) = self.layout.stage_counts;
         let mut first = Layer::new(num_blocks, num_units);
-        let rest = (num_blocks, num_units, 0);
-        first.at_mut(num_blocks, num_units).push(Label { slowest: 0, sum: 0, reduction: 0, rest });
+        let last_ends = if self.layout.may_idle { 1..=num_units } else { num_units..=num_units };
+        for unit in last_ends {
+            first.at_mut(num_blocks, unit).push(Label::none(num_blocks, unit));
+        }
         let mut layers = vec![first];
         let mut divisions = Vec::new();
-        for num_stages in 1..=most_stages {
-            let layer = self.prepend(&layers[num_stages - 1], num_stages, goal);
+        for num_stages in 1..=most.min(num_blocks) {
+            let layer = self.prepend(&layers[num_stages - 1], num_stages, bound);
             layers.push(layer);
-            let complete = 0..layers[num_stages].at(0, 0).len();
-            divisions.extend(
-                complete.map(|label| self.division(&layers, num_stages, label, goal)).min(),
-            );
+            if num_stages >= fewest {
+                let complete = 0..layers[num_stages].at(0, 0).len();
+                let all = complete.map(|label| self.read_off(&layers, num_stages, label));
+                divisions.extend(all.min());
+            }
         }
         divisions
     }
 
     /// All ways to put a stage before those of `layer`.
-    fn prepend(&self, layer: &Layer, num_stages: usize, goal: Goal) -> Layer {
-        let (num_blocks, num_units) = (self.table.num_blocks(), layer.num_units);
+    fn prepend(&self, layer: &Layer, num_stages: usize, bound: u64) -> Layer {
+        let (num_blocks, num_units) = (self.num_blocks(), layer.num_units);
         let in_flight = self.in_flight(num_stages);
         let mut next = Layer::new(num_blocks, num_units);
         for end in 1..=num_blocks {
@@ -118,20 +197,15 @@ impl Problem<'_> {
                 if labels.is_empty() {
                     continue;
                 }
-                for start in 0..end {
+                for start in (0..end).rev() {
                     for start_unit in self.start_units(start, end_unit, num_stages) {
                         let units = (start_unit, end_unit);
-                        let Some(cost) = self.stage((start, end), units, in_flight, goal) else {
+                        let Some(time) = self.stage((start, end), units, in_flight) else {
                             continue;
                         };
                         for (index, label) in labels.iter().enumerate() {
-                            let label = Label {
-                                slowest: label.slowest.max(cost.0),
-                                sum: label.sum.saturating_add(cost.0),
-                                reduction: label.reduction.max(cost.1),
-                                rest: (end, end_unit, index),
-                            };
-                            self.keep(&mut next, start, start_unit, label, goal);
+                            let label = label.behind(&time, (end, end_unit, index));
+                            self.keep(&mut next, start, start_unit, label, bound);
                         }
                     }
                 }
@@ -140,17 +214,11 @@ impl Problem<'_> {
         next
     }
 
-    /// Where the devices of a stage may start that starts at a block and ends before a unit.
-    fn start_units(
-        &self,
-        start: usize,
-        end_unit: usize,
-        num_stages: usize,
-    ) -> std::ops::Range<usize> {
-        let counts = &self.layout.stage_counts;
-        let (fewest, most) = (counts[0], counts[counts.len() - 1]);
+    /// Where the units of a stage may start that starts at a block and ends before a unit.
+    fn start_units(&self, start: usize, end_unit: usize, num_stages: usize) -> Range<usize> {
+        let (fewest, most) = self.layout.stage_counts;
         let all = match start {
-            0 if counts.binary_search(&num_stages).is_ok() => 0..1,
+            0 if (fewest..=most).contains(&num_stages) => 0..1,
             0 => 0..0,
             _ if num_stages == most || num_stages + start < fewest => 0..0,
             _ => 1..end_unit,
@@ -162,131 +230,144 @@ impl Problem<'_> {
         }
     }
 
-    /// Time and reduction of a stage, or its memory; none if it cannot be.
-    fn stage(
+    /// The time of a stage; none if it does not fit.
+    pub(crate) fn stage(&self, blocks: Range2, units: Range2, in_flight: u64) -> Option<StageTime> {
+        let cost = self.price(blocks, units, in_flight)?;
+        Some(self.time(&cost, blocks, units))
+    }
+
+    pub(crate) fn price(&self, blocks: Range2, units: Range2, in_flight: u64) -> Option<StageCost> {
+        let set = self.layout.set_id(units.0, units.1);
+        let run = run_index(self.num_blocks(), blocks.0, blocks.1);
+        let price = |in_flight: u64| {
+            *self
+                .prices
+                .borrow_mut()
+                .entry((run, set, in_flight))
+                .or_insert_with(|| self.pricer.price(blocks, self.layout.set(set), in_flight))
+        };
+        // What fits as it is with all microbatches in flight costs the same with fewer.
+        let most = self.microbatches();
+        match price(most) {
+            Some(cost) if !cost.repeats && cost.sharding.is_none() => Some(cost),
+            all if in_flight == most => all,
+            _ => price(in_flight),
+        }
+    }
+
+    pub(crate) fn details(
         &self,
-        blocks: (usize, usize),
-        units: (usize, usize),
+        blocks: Range2,
+        units: Range2,
         in_flight: u64,
-        goal: Goal,
-    ) -> Option<(u64, u64)> {
-        let ranks = (self.layout.offsets[units.0], self.layout.offsets[units.1]);
-        let cost = self.table.get(blocks, ranks.1 - ranks.0)?;
-        if goal == Goal::Memory {
-            return Some((cost.bytes(in_flight), 0));
+    ) -> Option<StageDetails> {
+        let set = self.layout.set_id(units.0, units.1);
+        // As it was priced: what fits with all microbatches in flight is not changed for fewer.
+        let most = self.microbatches();
+        let plain = self.pricer.details(blocks, self.layout.set(set), most);
+        match plain {
+            Some(details) if details.repeated.is_empty() && details.sharding.is_none() => {
+                Some(details)
+            }
+            all if in_flight == most => all,
+            _ => self.pricer.details(blocks, self.layout.set(set), in_flight),
         }
-        (cost.bytes(in_flight) <= self.limit_bytes).then(|| self.times(cost, blocks, ranks))
     }
 
-    fn times(&self, cost: &StageCost, blocks: (usize, usize), ranks: (usize, usize)) -> (u64, u64) {
+    fn time(&self, cost: &StageCost, blocks: Range2, units: Range2) -> StageTime {
         let layout = self.layout;
-        let reduction = cost.reduce_ns[usize::from(layout.spans_nodes(ranks.0, ranks.1))];
-        if blocks == (0, self.table.num_blocks()) && layout.uses_all {
-            return (cost.time_ns, reduction);
-        }
-        let total = layout.num_ranks();
-        let whole = layout.spans_nodes(0, total);
-        let far_in = if ranks.0 == 0 { whole } else { layout.spans_nodes(ranks.0 - 1, ranks.1) };
-        let far_out =
-            if ranks.1 == total { whole } else { layout.spans_nodes(ranks.0, ranks.1 + 1) };
-        let waiting = cost.receive_ns[usize::from(far_in)]
-            .saturating_add(cost.return_ns[usize::from(far_out)]);
-        (cost.time_ns.saturating_add(waiting), reduction)
+        let reduce = cost.reduce_ns[usize::from(layout.spans_nodes(units.0, units.1))];
+        let everything =
+            blocks == (0, self.num_blocks()) && units == (0, layout.num_units()) && layout.has_all;
+        let (receive, give_back) = if everything {
+            // Every rank keeps the rows that it brings.
+            (0, 0)
+        } else {
+            let (receives, returns) = layout.far(units.0, units.1);
+            (cost.receive_ns[usize::from(receives)], cost.return_ns[usize::from(returns)])
+        };
+        let forward = cost.forward_ns.saturating_add(receive);
+        let backward = cost.backward_ns.saturating_add(give_back);
+        let alone = forward.saturating_add(backward);
+        let busy = match self.schedule {
+            ScheduleKind::FillDrain => {
+                cost.forward_ns.max(receive).saturating_add(cost.backward_ns.max(give_back))
+            }
+            ScheduleKind::OneForwardOneBackward => alone,
+        };
+        StageTime { busy, alone, delay: backward, reduce }
     }
 
-    fn keep(&self, layer: &mut Layer, block: usize, unit: usize, label: Label, goal: Goal) {
-        if let Goal::Time { bound } = goal {
-            let remaining = self.table.remaining(block, self.layout.offsets[unit]);
-            let slowest = label.slowest.max(remaining.0);
-            let sum = label.sum.saturating_add(remaining.1);
-            if self.step_ns(slowest, sum, label.reduction) > bound {
-                return;
-            }
-        }
-        let labels = layer.at_mut(block, unit);
-        if !matches!(goal, Goal::Time { .. }) {
-            match labels.first_mut() {
-                Some(kept) if self.value(&label, goal) < self.value(kept, goal) => *kept = label,
-                Some(_) => {}
-                None => labels.push(label),
-            }
+    fn keep(&self, layer: &mut Layer, block: usize, unit: usize, label: Label, bound: u64) {
+        if self.least_step(&label, block, unit) > bound {
             return;
         }
-        let only_sum = self.microbatches == 1;
+        let only_sum = self.microbatches() == 1;
         let beats = |a: &Label, b: &Label| {
-            (only_sum || a.slowest <= b.slowest) && a.sum <= b.sum && a.reduction <= b.reduction
+            (only_sum || a.slowest <= b.slowest) && a.sum <= b.sum && a.tail <= b.tail
         };
+        let labels = layer.at_mut(block, unit);
         if !labels.iter().any(|kept| beats(kept, &label)) {
             labels.retain(|kept| !beats(&label, kept));
             labels.push(label);
         }
     }
 
-    fn step_ns(&self, slowest: u64, sum: u64, reduction: u64) -> u64 {
-        slowest.saturating_mul(self.microbatches - 1).saturating_add(sum).saturating_add(reduction)
+    /// A step that nothing which ends with this label beats.
+    pub(crate) fn least_step(&self, label: &Label, block: usize, unit: usize) -> u64 {
+        let (work, fastest) = self.remaining[block];
+        let devices: usize = self.layout.units[..unit].iter().map(Vec::len).sum();
+        let slowest = label.slowest.max(work.div_ceil(devices.max(1) as u64));
+        // What the stages in front take off the tail they add to the sum.
+        self.step_ns(slowest, label.sum.saturating_add(fastest.max(label.tail)), 0)
     }
 
-    fn value(&self, label: &Label, goal: Goal) -> u64 {
-        match goal {
-            Goal::Memory => label.slowest,
-            _ => self.step_ns(label.slowest, label.sum, label.reduction),
-        }
+    pub(crate) fn step_ns(&self, slowest: u64, sum: u64, tail: u64) -> u64 {
+        slowest.saturating_mul(self.microbatches() - 1).saturating_add(sum).saturating_add(tail)
     }
 
     /// Reads a division off the labels.
-    fn division(&self, layers: &[Layer], num_stages: usize, label: usize, goal: Goal) -> Division {
+    fn read_off(&self, layers: &[Layer], num_stages: usize, label: usize) -> Division {
         let first = layers[num_stages].at(0, 0)[label];
-        let (mut starts, mut replicas) = (Vec::new(), Vec::new());
+        let (mut starts, mut units) = (Vec::new(), Vec::new());
         let (mut block, mut unit, mut current) = (0, 0, first);
         for behind in (0..num_stages).rev() {
             let (next_block, next_unit, next_label) = current.rest;
             starts.push(block);
-            replicas.push(self.layout.offsets[next_unit] - self.layout.offsets[unit]);
+            units.push((unit, next_unit));
             current = layers[behind].at(next_block, next_unit)[next_label];
             (block, unit) = (next_block, next_unit);
         }
-        Division { value: self.value(&first, goal), starts, replicas }
+        Division { step_ns: self.step_ns(first.slowest, first.sum, first.tail), starts, units }
     }
 
     /// Microbatches between their forward and backward in the stage with this number from the
     /// end, the last being 1.
     pub(crate) fn in_flight(&self, from_end: usize) -> u64 {
         match self.schedule {
-            ScheduleKind::FillDrain => self.microbatches,
-            ScheduleKind::OneForwardOneBackward => self.microbatches.min(from_end as u64),
+            ScheduleKind::FillDrain => self.microbatches(),
+            ScheduleKind::OneForwardOneBackward => self.microbatches().min(from_end as u64),
         }
     }
 
-    /// The memory of each stage of a division.
-    pub(crate) fn stage_bytes(&self, division: &Division) -> Vec<u64> {
+    /// The blocks, units and microbatches in flight of each stage.
+    pub(crate) fn stages(&self, division: &Division) -> Vec<(Range2, Range2, u64)> {
         let num_stages = division.starts.len();
-        let ends = division.starts.iter().skip(1).copied().chain([self.table.num_blocks()]);
-        let stages = division.starts.iter().zip(ends).zip(&division.replicas).enumerate();
+        let ends = division.starts.iter().skip(1).copied().chain([self.num_blocks()]);
+        let stages = division.starts.iter().zip(ends).zip(&division.units).enumerate();
         stages
-            .map(|(index, ((&start, end), &replicas))| {
-                let cost = self.table.get((start, end), replicas);
-                cost.map_or(0, |cost| cost.bytes(self.in_flight(num_stages - index)))
+            .map(|(index, ((&start, end), &units))| {
+                ((start, end), units, self.in_flight(num_stages - index))
             })
             .collect()
     }
 
-    /// The step time of a division, or none if it does not fit: what the programme minimises,
-    /// computed the long way round.
-    #[cfg(test)]
-    pub(crate) fn evaluate(&self, starts: &[usize], units: &[usize]) -> Option<u64> {
-        let num_stages = starts.len();
-        let (mut slowest, mut sum, mut reduction) = (0, 0, 0);
-        for index in 0..num_stages {
-            let end = starts.get(index + 1).copied().unwrap_or(self.table.num_blocks());
-            let range =
-                (units[index], units.get(index + 1).copied().unwrap_or(self.layout.num_units()));
-            let in_flight = self.in_flight(num_stages - index);
-            let goal = Goal::Time { bound: u64::MAX };
-            let (time, reduce) = self.stage((starts[index], end), range, in_flight, goal)?;
-            slowest = time.max(slowest);
-            sum += time;
-            reduction = reduce.max(reduction);
+    /// The step of a division, or none if it does not fit.
+    pub(crate) fn evaluate(&self, division: &Division) -> Option<u64> {
+        let mut label = Label::none(self.num_blocks(), self.layout.num_units());
+        for (blocks, units, in_flight) in self.stages(division).into_iter().rev() {
+            label = label.behind(&self.stage(blocks, units, in_flight)?, label.rest);
         }
-        Some(self.step_ns(slowest, sum, reduction))
+        Some(self.step_ns(label.slowest, label.sum, label.tail))
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fixedbitset::FixedBitSet;
 use rannc_cost::{Cluster, ScheduleKind, Sharding};
 use rannc_graph::{Graph, NodeId, Rows, Users, Value, ValueId, ValueKind};
-use rannc_partition::StageCandidate;
+use rannc_partition::{Candidate, StageCandidate};
 use rannc_schedule::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, Program, RankId, Stage, StageId, Transport,
 };
@@ -73,6 +73,12 @@ impl Plan {
     ///
     /// [`PlanError::Invalid`] when the plan's stages contradict each other or the graph.
     pub fn place(&self, graph: &Graph) -> Result<Placement, PlanError> {
+        let Candidate { stages, microbatches, schedule, .. } = self.candidate(graph)?;
+        Ok(Placement::new(graph, stages, self.world_size, microbatches, schedule))
+    }
+
+    /// The division of a graph that the plan stands for.
+    pub(crate) fn candidate(&self, graph: &Graph) -> Result<Candidate, PlanError> {
         self.check_form()?;
         let nodes = rannc_partition::assign(graph, &self.wanted(), self.stages.len());
         let stages = nodes.into_iter().zip(&self.stages).map(|(nodes, stage)| {
@@ -80,8 +86,13 @@ impl Plan {
             let (ranks, shares) = (stage.ranks.clone(), stage.shares.clone());
             StageCandidate { nodes, ranks, shares, sharding: stage.sharding, recompute }
         });
-        let (microbatches, schedule) = (self.microbatches, self.schedule);
-        Ok(Placement::new(graph, stages.collect(), self.world_size, microbatches, schedule))
+        let estimate_ns = self.estimates.as_ref().map_or(0, |estimates| estimates.step_ns);
+        Ok(Candidate {
+            stages: stages.collect(),
+            microbatches: self.microbatches,
+            schedule: self.schedule,
+            estimate_ns,
+        })
     }
 
     /// Checks that the plan is one for this graph and this many processes, and can be carried out.
@@ -478,9 +489,9 @@ mod tests {
         };
         let found = [refused(&[1]), refused(&[1, 0]), refused(&[1, u64::MAX])];
         insta::assert_snapshot!(found.join("\n"), @r"
-        the deployment is not valid: stage 0: it has 1 shares for 2 ranks, needed one for each
-        the deployment is not valid: stage 0: the share of rank 2 is 0, needed at least 1
-        the deployment is not valid: stage 0: its shares add up to more than 18446744073709551615
+        the deployment is not valid: stage 0 has 1 shares for 2 ranks, needed one for each
+        the deployment is not valid: stage 0 has a share of 0, needed 1 to 1099511627776
+        the deployment is not valid: stage 0 has a share of 18446744073709551615, needed 1 to 1099511627776
         ");
     }
 }

@@ -55,10 +55,27 @@ pub struct Estimates {
     pub costs_of: String,
     /// Duration of one training step as simulated, without the optimizer's own step.
     pub step_ns: u64,
+    /// How short a step can possibly be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lower_bound: Option<BoundEstimate>,
     /// By stage, for one microbatch on one replica.
     pub stages: Vec<StageEstimate>,
     /// By rank.
     pub ranks: Vec<RankEstimate>,
+}
+
+/// A lower bound on the duration of a step, whatever the plan, and what it rests on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BoundEstimate {
+    /// The largest of the others, for the number of microbatches where that is least.
+    pub step_ns: u64,
+    /// All work, divided over all devices at their best.
+    pub work_ns: u64,
+    /// The longest path of operators, forward and back, with as many replicas as devices.
+    pub critical_path_ns: u64,
+    /// The same with as many replicas as the memory has room for; 0 if it has room for all.
+    pub memory_ns: u64,
 }
 
 /// Times of one stage for one microbatch on one replica.

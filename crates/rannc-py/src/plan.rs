@@ -47,8 +47,9 @@ pub(crate) struct PlacedStage {
 #[pyfunction]
 #[pyo3(signature = (
     graph, cluster, *, profile_json = None, batch_size, optimizer_state_factor = 2.0,
-    partition_num = 0, replica_num = 0, pipeline_num = 0, min_pipeline = 1, max_pipeline = 32,
-    max_partition_num = 32, mem_limit_gb = 0.0, mem_margin = 0.1, schedule = "auto",
+    partition_num = 0, replica_num = 0, pipeline_num = 0, min_pipeline = 1, max_pipeline = 512,
+    max_partition_num = 32, mem_limit_gb = 0.0, mem_margin = 0.1, schedule = "auto", recompute = true,
+    sharding = "none",
 ))]
 #[expect(clippy::too_many_arguments, reason = "the items of the configuration, by name")]
 pub(crate) fn plan(
@@ -67,6 +68,8 @@ pub(crate) fn plan(
     mem_limit_gb: f64,
     mem_margin: f64,
     schedule: &str,
+    recompute: bool,
+    sharding: &str,
 ) -> PyResult<Plan> {
     let cluster = if cluster.trim_start().starts_with('{') {
         Cluster::from_json(cluster)
@@ -92,6 +95,8 @@ pub(crate) fn plan(
         memory_limit_gib: (mem_limit_gb > 0.0).then_some(mem_limit_gb),
         memory_margin: mem_margin,
         schedules,
+        recompute,
+        sharding: sharding.parse().map_err(raise_cost)?,
     };
     let plan =
         py.detach(|| rannc_plan::compile(&graph.graph, profile.as_ref(), &cluster, &options));

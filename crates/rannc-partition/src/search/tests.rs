@@ -1,14 +1,18 @@
 use proptest::prelude::*;
-use rannc_cost::{AnalyticCosts, Cluster, ScheduleKind, StageSizes};
+use rannc_cost::{Cluster, DeviceCosts, ScheduleKind, Sharding, StageSizes};
 use rannc_graph::{Batch, Graph, testing};
 
-use super::{Candidate, Options, Search, microbatch_candidates, search};
-use crate::stage::Goal;
-use crate::{Atoms, PartitionError, brute, stages_are_valid};
+use super::{Candidate, Options, Partitioner, Search, microbatch_candidates, search};
+use crate::block::Balance;
+use crate::price::FactCache;
+use crate::stage::Problem;
+use crate::{PartitionError, Remedy, brute, stages_are_valid};
 
 fn plan(graph: &Graph, cluster: &str, options: &Options) -> Result<Vec<Candidate>, PartitionError> {
     let cluster = Cluster::parse(cluster).unwrap();
-    search(graph, &AnalyticCosts::new(graph, &cluster.devices[0]), &cluster, options)
+    let classes = cluster.classes(options.num_devices);
+    let costs = DeviceCosts::new(graph, None, &classes.devices).unwrap();
+    search(graph, &costs, &cluster, options)
 }
 
 fn replicas(candidate: &Candidate) -> Vec<usize> {
@@ -161,8 +165,8 @@ fn refusals_name_both_sides() {
     hint: ask for 1 microbatch and 1 replica, or change the model so that no operator mixes the rows of its batch
     ");
     insta::assert_snapshot!(refusal(&graph, &|options| options.memory_limit_bytes = 50_000), @"
-    no partition fits: at best stage 2 of 3 (`layer1/op#0`; replicas: 1, microbatches: 8, schedule: fill_drain) needs 86.00 KiB but a device has 48.83 KiB
-    hint: use more devices than 4, devices with more memory (86.00 KiB for each with this many), or a smaller batch than 8 rows
+    no partition fits: at best stage 3 of 3 (`layer2/op#0`; replicas: 1, microbatches: 8, schedule: fill_drain) needs 86.00 KiB but a device has 48.83 KiB
+    hint: any of these would do: let each device use 86.00 KiB
     ");
     insta::assert_snapshot!(
         refusal(&graph, &|options| options.num_devices = 5),
@@ -170,44 +174,68 @@ fn refusals_name_both_sides() {
     );
 }
 
-/// The problems of a search with few blocks, each with the oracle's answer.
-fn check_against_oracle(
+/// The best of all divisions of all problems of a search, and what the search found.
+fn against_oracle(
     graph: &Graph,
-    cluster: &str,
+    cluster: &Cluster,
     options: &Options,
-) -> Result<(), TestCaseError> {
-    let cluster = Cluster::parse(cluster).unwrap();
-    let costs = AnalyticCosts::new(graph, &cluster.devices[0]);
-    let atoms = Atoms::new(graph);
-    let search = Search { graph, atoms: &atoms, costs: &costs, cluster: &cluster, options };
-    let blocks = search.blocks(options.max_blocks);
-    let (mut best, mut best_busy): (Option<u64>, Option<u64>) = (None, None);
-    let cases = search.cases(&blocks);
-    for problem in search.problems(&cases) {
-        let exact = problem.solve(Goal::Time { bound: u64::MAX });
-        let values: Vec<u64> = exact.iter().map(|division| division.value).collect();
-        prop_assert_eq!(&values, &brute::best(&problem));
-        let quick = problem.solve(Goal::QuickTime);
-        for (quick, exact) in quick.iter().zip(&exact) {
-            prop_assert!(quick.value >= exact.value);
-            let bounded = problem.solve(Goal::Time { bound: exact.value });
-            prop_assert!(bounded.iter().any(|found| found.value == exact.value));
+) -> Result<(Option<u64>, Option<u64>), TestCaseError> {
+    let partitioner = Partitioner::new(graph);
+    let classes = cluster.classes(options.num_devices);
+    let costs = DeviceCosts::new(graph, None, &classes.devices).unwrap();
+    let search = Search::new(&partitioner, &costs, cluster, options);
+    let num_blocks = options.max_blocks.min(partitioner.atoms.len());
+    let balance = if search.fewest_stages() > 1 { Balance::TimeAndState } else { Balance::Time };
+    let key = (search.block_rows(), balance, format!("{:?}", classes.devices[0]));
+    let cut = partitioner.cut(&costs, &key, num_blocks, options.batch_rows);
+    let facts = FactCache::new(&cut.runs, &costs);
+    let mut best = None;
+    for may_idle in [false, true] {
+        for case in search.cases(&cut.runs, &facts, may_idle, search.fewest_stages()) {
+            for layout in &case.layouts {
+                for &kind in &options.schedules {
+                    let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                    let exact = problem.exact(u64::MAX);
+                    let values: Vec<u64> = exact.iter().map(|division| division.step_ns).collect();
+                    prop_assert_eq!(&values, &brute::best(&problem));
+                    for division in &exact {
+                        prop_assert!(problem.bound() <= division.step_ns);
+                        prop_assert_eq!(problem.evaluate(division), Some(division.step_ns));
+                        let again = problem.exact(division.step_ns);
+                        prop_assert!(again.iter().any(|found| found.step_ns == division.step_ns));
+                    }
+                    for rough in problem.approximate(u64::MAX) {
+                        prop_assert_eq!(problem.evaluate(&rough), Some(rough.step_ns));
+                        prop_assert!(values.iter().any(|&value| value <= rough.step_ns));
+                    }
+                    best = best.into_iter().chain(values).min();
+                }
+            }
         }
-        prop_assert_eq!(quick.len(), exact.len());
-        for division in exact {
-            let earlier = if problem.layout.uses_all { &mut best_busy } else { &mut best };
-            *earlier = Some(earlier.map_or(division.value, |value| value.min(division.value)));
-            let most = problem.stage_bytes(&division).into_iter().max();
-            prop_assert!(most <= Some(options.memory_limit_bytes));
+        if best.is_some() {
+            break;
         }
     }
-    let found = search.with_blocks(options.max_blocks).ok();
-    prop_assert_eq!(found.map(|found| found[0].estimate_ns), best_busy.or(best));
-    Ok(())
+    let found = search.with_blocks(num_blocks, balance, search.fewest_stages());
+    let found = found.ok().and_then(|found| found.first().map(|best| best.estimate_ns));
+    Ok((best, found))
+}
+
+/// A cluster of `num_devices`, of two kinds where `mixed`.
+fn cluster(num_devices: usize, mixed: bool, across: bool) -> Cluster {
+    let kinds = if mixed { ["cpu", "v100-32gb"] } else { ["cpu", "cpu"] };
+    let devices: Vec<String> = (0..num_devices)
+        .map(|index| {
+            let node = if across { index % 2 } else { 0 };
+            let memory = if mixed && index % 3 == 0 { "memory_bytes = 300000, " } else { "" };
+            format!("{{kind = \"{}\", {memory}node = {node}}}", kinds[usize::from(index % 3 == 1)])
+        })
+        .collect();
+    Cluster::from_toml(&format!("devices = [{}]", devices.join(", "))).unwrap()
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
     fn the_search_equals_trying_everything(
@@ -216,14 +244,52 @@ proptest! {
         num_devices in 1..6usize,
         batch_rows in 1..20u64,
         limit_kib in 4..400u64,
-        across in any::<bool>(),
+        (mixed, across, recompute) in any::<(bool, bool, bool)>(),
+        level in 0..4usize,
     ) {
         let mut options = Options::new(batch_rows, num_devices, limit_kib << 10);
         options.max_blocks = max_blocks;
         options.max_microbatches = 4;
         options.schedules = ScheduleKind::ALL.to_vec();
-        let cluster = if across { "cpu:3x2" } else { "a100-40gb:6" };
-        check_against_oracle(&graph, cluster, &options)?;
+        options.recompute = recompute;
+        options.sharding = Sharding::ALL[level];
+        let cluster = cluster(num_devices, mixed && num_devices < 5, across);
+        let (best, found) = against_oracle(&graph, &cluster, &options)?;
+        match (best, found) {
+            // Moving cuts into blocks finds more than the oracle may look at.
+            (Some(best), Some(found)) => prop_assert!(found <= best, "{} > {}", found, best),
+            (best, found) => prop_assert_eq!(best, found),
+        }
+    }
+
+    #[test]
+    fn every_remedy_makes_it_fit(
+        graph in testing::graphs(30),
+        num_devices in 1..6usize,
+        batch_rows in 1..40u64,
+        limit_kib in 2..60u64,
+        (recompute, one_schedule) in any::<(bool, bool)>(),
+    ) {
+        let mut options = Options::new(batch_rows, num_devices, limit_kib << 10);
+        options.recompute = recompute;
+        options.schedules = ScheduleKind::ALL[..if one_schedule { 1 } else { 2 }].to_vec();
+        let many = format!("cpu:{}", num_devices * 64);
+        let Err(PartitionError::DoesNotFit { remedies, .. }) = plan(&graph, &many, &options) else {
+            return Ok(());
+        };
+        for remedy in remedies {
+            let mut options = options.clone();
+            match remedy {
+                Remedy::Recompute => options.recompute = true,
+                Remedy::Sharding(level) => options.sharding = level,
+                Remedy::Devices(count) => options.num_devices = count,
+                Remedy::Memory(bytes) => options.memory_limit_bytes = bytes,
+                Remedy::Batch(rows) => options.batch_rows = rows,
+                Remedy::Unforced => {}
+            }
+            let found = plan(&graph, &many, &options);
+            prop_assert!(found.is_ok(), "{}: {:?}", remedy, found.err());
+        }
     }
 
     #[test]
@@ -251,7 +317,7 @@ proptest! {
                         candidate.microbatches.min((candidate.stages.len() - index) as u64),
                 };
                 let sizes = StageSizes::of(&graph, &users, &stage.nodes, rows);
-                let bytes = sizes.memory(in_flight, &options.training).total();
+                let bytes = sizes.memory(in_flight, &options.training, Sharding::None, 1).total();
                 prop_assert!(bytes <= options.memory_limit_bytes);
             }
         }

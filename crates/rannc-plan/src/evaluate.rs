@@ -1,0 +1,304 @@
+//! What a division into stages would cost: simulated time, and memory added up.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use fixedbitset::FixedBitSet;
+use rannc_cost::{
+    Classes, Cluster, DeviceCosts, ScheduleKind, Sharding, StageMemory, StageSizes, is_trained,
+};
+use rannc_graph::{Graph, NodeId, Users};
+use rannc_partition::{Candidate, Options, StageCandidate};
+use rannc_schedule::{GradientGroup, Memory, Mode, Program, RankId, StageId, Timeline, Timing};
+
+use crate::{Placement, PlanError, StageEstimate, even_rows};
+
+/// What a division would cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Evaluation {
+    /// Simulated duration of a step.
+    pub step_ns: u64,
+    /// Peak memory of each rank.
+    pub memory: Vec<StageMemory>,
+    /// Whether no rank takes more than its device may use.
+    pub fits: bool,
+}
+
+/// Prices candidates on a cluster.
+pub(crate) struct Evaluator<'a> {
+    graph: &'a Graph,
+    users: Users,
+    costs: &'a DeviceCosts<'a>,
+    cluster: &'a Cluster,
+    options: &'a Options,
+    classes: Classes,
+}
+
+impl<'a> Evaluator<'a> {
+    pub(crate) fn new(
+        graph: &'a Graph,
+        costs: &'a DeviceCosts<'a>,
+        cluster: &'a Cluster,
+        options: &'a Options,
+    ) -> Self {
+        let classes = cluster.classes(cluster.devices.len());
+        Self { graph, users: graph.users(), costs, cluster, options, classes }
+    }
+
+    fn world_size(&self) -> u32 {
+        self.cluster.devices.len() as u32
+    }
+
+    /// How many forwards a simulation of the candidate has.
+    pub(crate) fn work(&self, candidate: &Candidate) -> u64 {
+        let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
+        let copies = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).fold(0, gcd);
+        ranks / copies.max(1) * candidate.microbatches
+    }
+
+    pub(crate) fn place(&self, candidate: &Candidate) -> Placement {
+        Placement::new(
+            self.graph,
+            candidate.stages.clone(),
+            self.world_size(),
+            candidate.microbatches,
+            candidate.schedule,
+        )
+    }
+
+    /// The simulated duration of one training step.
+    pub(crate) fn step_ns(
+        &self,
+        candidate: &Candidate,
+        placement: &Placement,
+    ) -> Result<u64, PlanError> {
+        Ok(self.timeline(candidate, placement)?.1.makespan_ns)
+    }
+
+    /// A training step and when everything in it happens.
+    pub(crate) fn timeline(
+        &self,
+        candidate: &Candidate,
+        placement: &Placement,
+    ) -> Result<(Program, Timeline), PlanError> {
+        let rows = even_rows(self.options.batch_rows, self.world_size());
+        let program = placement.program(rows, true, Mode::Training)?;
+        let timing = StageTiming::new(self, candidate);
+        let timeline = rannc_schedule::simulate(&program, &placement.pipeline, &timing, &timing)?;
+        Ok((program, timeline))
+    }
+
+    /// By stage, for the replica with the most rows.
+    pub(crate) fn stage_estimates(
+        &self,
+        candidate: &Candidate,
+        placement: &Placement,
+    ) -> Vec<StageEstimate> {
+        let timing = StageTiming::new(self, candidate);
+        let groups = &placement.pipeline.gradient_groups;
+        let stages = candidate.stages.iter().enumerate();
+        stages
+            .map(|(index, stage)| {
+                let id = StageId::new(index);
+                let slowest = |direction: fn((u64, u64)) -> u64| {
+                    let ranks = stage.ranks.iter().enumerate();
+                    ranks
+                        .map(|(replica, &rank)| {
+                            let rows = self.rows(candidate, stage, replica);
+                            direction(timing.times(id, RankId(rank), rows))
+                        })
+                        .max()
+                };
+                let mine = groups.iter().filter(|group| group.stages.contains(&id));
+                StageEstimate {
+                    rows: (0..stage.ranks.len())
+                        .map(|replica| self.rows(candidate, stage, replica))
+                        .max()
+                        .unwrap_or(0),
+                    forward_ns: slowest(|times| times.0).unwrap_or(0),
+                    backward_ns: slowest(|times| times.1).unwrap_or(0),
+                    all_reduce_ns: mine.map(|group| timing.reduce_gradients_ns(group)).sum(),
+                }
+            })
+            .collect()
+    }
+
+    /// Peak memory of each rank.
+    pub(crate) fn memory(&self, candidate: &Candidate) -> Vec<StageMemory> {
+        let mut memory = vec![StageMemory::default(); self.world_size() as usize];
+        let tied = tied(self.graph, &candidate.stages);
+        for (index, stage) in candidate.stages.iter().enumerate() {
+            let from_end = (candidate.stages.len() - index) as u64;
+            let in_flight = match candidate.schedule {
+                ScheduleKind::FillDrain => candidate.microbatches,
+                ScheduleKind::OneForwardOneBackward => candidate.microbatches.min(from_end),
+            };
+            let mut by_rows: BTreeMap<u64, StageMemory> = BTreeMap::new();
+            for (replica, &rank) in stage.ranks.iter().enumerate() {
+                let rows = self.rows(candidate, stage, replica);
+                memory[rank as usize] = *by_rows.entry(rows).or_insert_with(|| {
+                    let replicas = stage.ranks.len() as u64;
+                    self.sizes(stage, rows, &tied).memory(
+                        in_flight,
+                        &self.options.training,
+                        stage.sharding,
+                        replicas,
+                    )
+                });
+            }
+        }
+        memory
+    }
+
+    /// What a rank's device may use.
+    pub(crate) fn limit_bytes(&self, rank: usize) -> u64 {
+        let bytes = u128::from(self.cluster.devices[rank].memory_bytes);
+        let left = 1_000_000 - self.options.memory_margin_ppm.min(1_000_000);
+        let usable = (bytes * u128::from(left) / 1_000_000) as u64;
+        usable.min(self.options.memory_limit_bytes)
+    }
+
+    /// The most rows of a microbatch that a replica has.
+    fn rows(&self, candidate: &Candidate, stage: &StageCandidate, replica: usize) -> u64 {
+        let rows = self.options.batch_rows.div_ceil(candidate.microbatches);
+        match stage.shares.get(replica) {
+            None => rows.div_ceil(stage.ranks.len().max(1) as u64),
+            Some(&share) => {
+                let all: u128 = stage.shares.iter().map(|&share| u128::from(share)).sum();
+                (u128::from(rows) * u128::from(share)).div_ceil(all.max(1)) as u64
+            }
+        }
+    }
+
+    fn sizes(&self, stage: &StageCandidate, rows: u64, tied: &FixedBitSet) -> StageSizes {
+        let graph = self.graph;
+        let mut sizes = StageSizes::of(graph, &self.users, &stage.nodes, rows);
+        let mut counted = FixedBitSet::with_capacity(graph.values().len());
+        for id in stage.nodes.ones().flat_map(|node| &graph.nodes()[node].inputs) {
+            if tied.contains(id.index()) && !counted.put(id.index()) {
+                sizes.tied = sizes.tied.saturating_add(graph.value(*id).bytes(1));
+            }
+        }
+        let mut kept = FixedBitSet::with_capacity(graph.values().len());
+        let (mut freed, mut inputs, mut moment) = (0_u64, 0_u64, 0_u64);
+        for group in &stage.recompute {
+            let saved = group.iter().map(|&id| graph.node(id).saved_bytes.at(rows));
+            let saved = saved.fold(0, u64::saturating_add);
+            freed = freed.saturating_add(saved);
+            moment = moment.max(saved);
+            let mut inside = FixedBitSet::with_capacity(graph.nodes().len());
+            inside.extend(group.iter().map(|id| id.index()));
+            for &value in group.iter().flat_map(|&id| &graph.node(id).inputs) {
+                // What the stage receives is held anyway.
+                let made = graph.producer(value).filter(|made| stage.nodes.contains(made.index()));
+                if made.is_some_and(|made| !inside.contains(made.index()))
+                    && !kept.put(value.index())
+                {
+                    inputs = inputs.saturating_add(graph.value(value).bytes(rows));
+                }
+            }
+        }
+        sizes.saved = sizes.saved.saturating_sub(freed).saturating_add(inputs);
+        sizes.working = sizes.working.saturating_add(moment);
+        sizes
+    }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Trained parameters that several stages read.
+fn tied(graph: &Graph, stages: &[StageCandidate]) -> FixedBitSet {
+    let mut seen: Vec<Option<usize>> = vec![None; graph.values().len()];
+    let mut tied = FixedBitSet::with_capacity(graph.values().len());
+    for (index, stage) in stages.iter().enumerate() {
+        for &id in stage.nodes.ones().flat_map(|node| &graph.nodes()[node].inputs) {
+            let elsewhere = seen[id.index()].replace(index).is_some_and(|other| other != index);
+            if elsewhere && is_trained(graph, id) {
+                tied.insert(id.index());
+            }
+        }
+    }
+    tied
+}
+
+/// Times of stages as sums over their operators.
+struct StageTiming<'a> {
+    evaluator: &'a Evaluator<'a>,
+    candidate: &'a Candidate,
+    known: RefCell<BTreeMap<(usize, usize, u64), (u64, u64)>>,
+}
+
+impl<'a> StageTiming<'a> {
+    fn new(evaluator: &'a Evaluator<'a>, candidate: &'a Candidate) -> Self {
+        Self { evaluator, candidate, known: RefCell::default() }
+    }
+
+    /// Forward and backward time.
+    fn times(&self, stage: StageId, rank: RankId, rows: u64) -> (u64, u64) {
+        let class = self.evaluator.classes.of_rank[rank.index()];
+        let key = (stage.index(), class, rows);
+        *self.known.borrow_mut().entry(key).or_insert_with(|| self.added_up(key))
+    }
+
+    fn added_up(&self, (stage, class, rows): (usize, usize, u64)) -> (u64, u64) {
+        let model = self.evaluator.costs.class(class);
+        let stage = &self.candidate.stages[stage];
+        let mut counts: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
+        for node in stage.nodes.ones().map(NodeId::new) {
+            counts.entry(model.kind(node)).or_default().0 += 1;
+        }
+        for &node in stage.recompute.iter().flatten() {
+            counts.entry(model.kind(node)).or_default().1 += 1;
+        }
+        counts.into_iter().fold(
+            (0, 0),
+            |(forward, backward): (u64, u64), (kind, (count, again))| {
+                let one = model.forward_of(kind, rows);
+                let other = model.backward_of(kind, rows).saturating_mul(count);
+                (
+                    forward.saturating_add(one.saturating_mul(count)),
+                    backward.saturating_add(other).saturating_add(one.saturating_mul(again)),
+                )
+            },
+        )
+    }
+}
+
+impl Timing for StageTiming<'_> {
+    fn forward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
+        self.times(stage, rank, rows).0
+    }
+
+    fn backward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
+        self.times(stage, rank, rows).1
+    }
+
+    fn transfer_ns(&self, bytes: u64, from: RankId, to: RankId) -> u64 {
+        self.evaluator.cluster.transfer_ns(bytes, from.0, to.0)
+    }
+
+    fn reduce_gradients_ns(&self, group: &GradientGroup) -> u64 {
+        let levels = group.stages.iter().map(|id| self.candidate.stages[id.index()].sharding);
+        let level =
+            if group.stages.len() == 1 { levels.max().unwrap_or_default() } else { Sharding::None };
+        level.traffic_ns(
+            self.reduce_output_ns(group.bytes, &group.ranks),
+            self.candidate.microbatches,
+        )
+    }
+
+    fn reduce_output_ns(&self, bytes: u64, ranks: &[RankId]) -> u64 {
+        let ranks: Vec<u32> = ranks.iter().map(|rank| rank.0).collect();
+        self.evaluator.cluster.all_reduce_ns(bytes, &ranks)
+    }
+}
+
+impl Memory for StageTiming<'_> {
+    fn saved_bytes(&self, stage: StageId, rows: u64) -> u64 {
+        let candidate = &self.candidate.stages[stage.index()];
+        let none = FixedBitSet::new();
+        self.evaluator.sizes(candidate, rows, &none).saved
+    }
+}

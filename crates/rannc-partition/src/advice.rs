@@ -39,7 +39,8 @@ impl Search<'_, '_> {
         let tried = |change: &dyn Fn(&mut Options)| {
             let mut options = self.options.clone();
             change(&mut options);
-            self.changed(self.cluster, &options).fits(cut)
+            let search = self.changed(self.cluster, &options);
+            search.fits(cut) && !search.find().is_empty()
         };
         if !self.options.recompute && tried(&|options| options.recompute = true) {
             remedies.push(Remedy::Recompute);
@@ -50,7 +51,12 @@ impl Search<'_, '_> {
             .find(|&level| tried(&|options| options.sharding = level));
         remedies.extend(level.map(Remedy::Sharding));
         remedies.extend(self.enough_devices(cut).map(Remedy::Devices));
-        remedies.push(Remedy::Memory(fitting.needed_bytes));
+        let limit = fitting.needed_bytes;
+        let mut search = self.changed(self.cluster, self.options);
+        search.limits.fill(limit);
+        if !search.find().is_empty() {
+            remedies.push(Remedy::Memory(limit));
+        }
         let mut fewer_rows = self.options.batch_rows / 2;
         while fewer_rows > 0 && !tried(&|options| options.batch_rows = fewer_rows) {
             fewer_rows /= 2;
@@ -89,7 +95,9 @@ impl Search<'_, '_> {
             let middle = too_few.midpoint(enough);
             if fits(middle) { enough = middle } else { too_few = middle }
         }
-        Some(enough)
+        let cluster = grown(self.cluster, num_devices, enough);
+        let options = Options { num_devices: enough, ..self.options.clone() };
+        (!self.changed(&cluster, &options).find().is_empty()).then_some(enough)
     }
 
     /// The least memory of each device with which something fits.
@@ -131,7 +139,7 @@ impl Search<'_, '_> {
     /// Some division that fits, with its fullest stage.
     fn fitting(&self, cut: &Cut) -> Option<Fitting> {
         let facts = FactCache::new(&cut.runs, self.costs);
-        for case in self.cases(&cut.runs, &facts, true, self.fewest_stages()) {
+        for case in self.cases(&cut.runs, &facts, true) {
             for layout in &case.layouts {
                 for &kind in self.options.schedules.iter().rev() {
                     let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);

@@ -133,25 +133,26 @@ impl Line {
             atoms.members(atom).iter().map(|&id| times.of(id)).fold(1, u64::saturating_add)
         };
         let times: Vec<u64> = (0..atoms.len()).map(time).collect();
-        let weights = match balance {
-            Balance::Time => times,
-            Balance::TimeAndState => {
-                let state = own_state(graph, atoms);
-                let total =
-                    |parts: &[u64]| parts.iter().map(|&part| u128::from(part)).sum::<u128>().max(1);
-                let (all_time, all_state) = (total(&times), total(&state));
-                let share = |part: u64, all: u128| (u128::from(part) * SHARES / all) as u64;
-                let both = times.iter().zip(&state);
-                both.map(|(&time, &state)| 1 + share(time, all_time) + share(state, all_state))
-                    .collect()
-            }
-        };
-        let program = Self::new((0..atoms.len()).collect(), graph, atoms, &weights, rows);
+        let program = Self::new((0..atoms.len()).collect(), graph, atoms, &times, rows);
         let producers = graph.outputs().iter().filter_map(|&output| graph.producer(output));
         let roots: Vec<usize> = producers.filter_map(|made| atoms.of(made)).collect();
         let order = order::branch_by_branch(atoms.edges(), &roots);
-        let branches = Self::new(order, graph, atoms, &weights, rows);
-        if branches.bytes_alive() < program.bytes_alive() { branches } else { program }
+        let branches = Self::new(order, graph, atoms, &times, rows);
+        let better =
+            if branches.bytes_alive() < program.bytes_alive() { branches } else { program };
+        match balance {
+            Balance::Time => better,
+            Balance::TimeAndState => better.weighed(&shares(&times, &own_state(graph, atoms))),
+        }
+    }
+
+    /// With other weights of the atoms.
+    fn weighed(self, weights: &[u64]) -> Self {
+        let mut elapsed = vec![0_u64];
+        for (index, &atom) in self.order.iter().enumerate() {
+            elapsed.push(elapsed[index].saturating_add(weights[atom]));
+        }
+        Self { elapsed, ..self }
     }
 
     /// The places that cut a range of atoms into so many pieces of similar weight, the first
@@ -313,6 +314,15 @@ impl<'a> KindTimes<'a> {
             costs.forward_of(kind, rows).saturating_add(costs.backward_of(kind, rows))
         })
     }
+}
+
+/// Of each atom its share of all time and of all state.
+fn shares(times: &[u64], state: &[u64]) -> Vec<u64> {
+    let total = |parts: &[u64]| parts.iter().map(|&part| u128::from(part)).sum::<u128>().max(1);
+    let (all_time, all_state) = (total(times), total(state));
+    let share = |part: u64, all: u128| (u128::from(part) * SHARES / all) as u64;
+    let both = times.iter().zip(state);
+    both.map(|(&time, &state)| 1 + share(time, all_time) + share(state, all_state)).collect()
 }
 
 /// Bytes of the parameters and buffers that each atom is the first to read.

@@ -398,19 +398,33 @@ impl<'a, 'g> Search<'a, 'g> {
     }
 
     fn run(&self) -> Result<Vec<Candidate>, PartitionError> {
-        let num_atoms = self.partitioner.atoms.len();
-        let scarce = self.fewest_stages();
-        let balance = if scarce > 1 { Balance::TimeAndState } else { Balance::Time };
-        let wanted = self.options.max_blocks.clamp(1, MAX_BLOCKS);
-        let wanted = wanted.max(self.options.num_stages.unwrap_or(1));
-        let mut num_blocks = wanted.max((scarce * 3).min(MAX_BLOCKS)).min(num_atoms);
-        loop {
-            let found = self.with_blocks(num_blocks, balance, scarce)?;
-            if !found.is_empty() {
-                return Ok(found);
-            }
-            num_blocks = (num_blocks * 2).min(MAX_BLOCKS).min(num_atoms);
+        let found = self.find();
+        if !found.is_empty() {
+            return Ok(found);
         }
+        let finest = MAX_BLOCKS.min(self.partitioner.atoms.len());
+        Err(self.does_not_fit(&self.cut(finest)))
+    }
+
+    /// The best candidates; none if nothing fits.
+    pub(crate) fn find(&self) -> Vec<Candidate> {
+        let finest = MAX_BLOCKS.min(self.partitioner.atoms.len());
+        let wanted = self.options.max_blocks.max(self.options.num_stages.unwrap_or(1));
+        let mut num_blocks = wanted.max(self.fewest_stages().saturating_mul(3)).clamp(1, finest);
+        loop {
+            let found = self.with_blocks(num_blocks);
+            if !found.is_empty() || num_blocks == finest {
+                return found;
+            }
+            num_blocks = (num_blocks * 2).min(finest);
+        }
+    }
+
+    pub(crate) fn cut(&self, num_blocks: usize) -> Arc<Cut> {
+        let scarce = self.fewest_stages() > 1;
+        let balance = if scarce { Balance::TimeAndState } else { Balance::Time };
+        let key = (self.block_rows(), balance, format!("{:?}", self.classes.devices[0]));
+        self.partitioner.cut(self.costs, &key, num_blocks, self.options.batch_rows)
     }
 
     /// How many stages the parameters need at least.
@@ -448,17 +462,11 @@ impl<'a, 'g> Search<'a, 'g> {
         }
     }
 
-    fn with_blocks(
-        &self,
-        num_blocks: usize,
-        balance: Balance,
-        scarce: usize,
-    ) -> Result<Vec<Candidate>, PartitionError> {
-        let key = (self.block_rows(), balance, format!("{:?}", self.classes.devices[0]));
-        let cut = self.partitioner.cut(self.costs, &key, num_blocks, self.options.batch_rows);
+    fn with_blocks(&self, num_blocks: usize) -> Vec<Candidate> {
+        let cut = self.cut(num_blocks);
         let facts = FactCache::new(&cut.runs, self.costs);
         for may_idle in [false, true] {
-            let cases = self.cases(&cut.runs, &facts, may_idle, scarce);
+            let cases = self.cases(&cut.runs, &facts, may_idle);
             let found = self.solve(&cases);
             log::debug!(
                 "{num_blocks} blocks, idle devices {}: {} divisions",
@@ -466,14 +474,10 @@ impl<'a, 'g> Search<'a, 'g> {
                 found.len()
             );
             if !found.is_empty() {
-                return Ok(self.candidates(&found, &cases, &cut));
+                return self.candidates(&found, &cases, &cut);
             }
         }
-        if num_blocks < MAX_BLOCKS.min(self.partitioner.atoms.len()) {
-            // Tried again with more blocks: nobody reads more than that nothing fits.
-            return Ok(Vec::new());
-        }
-        Err(self.does_not_fit(&cut))
+        Vec::new()
     }
 
     fn setting(&self, microbatches: u64) -> Setting<'_> {
@@ -496,11 +500,10 @@ impl<'a, 'g> Search<'a, 'g> {
         runs: &'b Runs,
         facts: &'b FactCache<'b>,
         may_idle: bool,
-        scarce: usize,
     ) -> Vec<Case<'b>> {
         let splittable = self.partitioner.graph.batch().splittable;
         let counts = if splittable { microbatch_candidates(self.options) } else { vec![1] };
-        let shapes = self.shapes(runs.num_blocks(), scarce);
+        let shapes = self.shapes(runs.num_blocks(), self.fewest_stages());
         let case = |microbatches| {
             let setting = self.setting(microbatches);
             let pricer = Pricer::new(runs, facts, setting);

@@ -1,9 +1,5 @@
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
-use rannc_cost::{
-    AnalyticCosts, Cluster, DeviceCosts, ScheduleKind, Sharding, StageSizes, Training,
-};
+use rannc_cost::{AnalyticCosts, Cluster, DeviceCosts, Sharding, Training};
 use rannc_graph::{Affine, testing};
 
 use super::{Runs, affine_bytes, run_index};

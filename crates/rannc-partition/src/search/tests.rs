@@ -3,7 +3,6 @@ use rannc_cost::{Cluster, DeviceCosts, ScheduleKind, Sharding, StageSizes};
 use rannc_graph::{Batch, Graph, testing};
 
 use super::{Candidate, Options, Partitioner, Search, microbatch_candidates, search};
-use crate::block::Balance;
 use crate::price::FactCache;
 use crate::stage::Problem;
 use crate::{PartitionError, Remedy, brute, stages_are_valid};
@@ -185,13 +184,11 @@ fn against_oracle(
     let costs = DeviceCosts::new(graph, None, &classes.devices).unwrap();
     let search = Search::new(&partitioner, &costs, cluster, options);
     let num_blocks = options.max_blocks.min(partitioner.atoms.len());
-    let balance = if search.fewest_stages() > 1 { Balance::TimeAndState } else { Balance::Time };
-    let key = (search.block_rows(), balance, format!("{:?}", classes.devices[0]));
-    let cut = partitioner.cut(&costs, &key, num_blocks, options.batch_rows);
+    let cut = search.cut(num_blocks);
     let facts = FactCache::new(&cut.runs, &costs);
     let mut best = None;
     for may_idle in [false, true] {
-        for case in search.cases(&cut.runs, &facts, may_idle, search.fewest_stages()) {
+        for case in search.cases(&cut.runs, &facts, may_idle) {
             for layout in &case.layouts {
                 for &kind in &options.schedules {
                     let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
@@ -216,8 +213,7 @@ fn against_oracle(
             break;
         }
     }
-    let found = search.with_blocks(num_blocks, balance, search.fewest_stages());
-    let found = found.ok().and_then(|found| found.first().map(|best| best.estimate_ns));
+    let found = search.with_blocks(num_blocks).first().map(|best| best.estimate_ns);
     Ok((best, found))
 }
 

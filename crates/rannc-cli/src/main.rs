@@ -1,7 +1,10 @@
 //! The command `rannc`: argument parsing and error reports around the planner.
 
 mod args;
+mod capture;
 mod commands;
+mod input;
+mod log;
 mod report;
 
 use std::process::ExitCode;
@@ -10,8 +13,9 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = args::Args::parse();
+    log::start(args.verbose);
     match commands::run(&args.command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => report::failure(&error),
+        Ok(code) => ExitCode::from(code),
+        Err(error) => report::failure(&error, args.command.in_json()),
     }
 }

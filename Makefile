@@ -7,6 +7,8 @@ VENV ?= .venv
 PYTHON ?= python3
 PROCESSES ?= 4
 STEPS ?= 30
+TARGET ?= graph
+SECONDS ?= 600
 
 venv := $(abspath $(VENV))
 bin := $(venv)/bin
@@ -23,7 +25,7 @@ export PATH := $(bin):$(PATH)
 unexport CONDA_PREFIX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint stubtest bench build clean \
+.PHONY: help demo test test-all lint stubtest bench build fuzz fuzz-seeds clean \
 	lint-rust lint-python test-rust test-python
 
 help: ## say what the targets are
@@ -42,6 +44,7 @@ lint: lint-rust lint-python ## check form, lints and types
 
 lint-rust:
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --all-features --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 
@@ -64,6 +67,14 @@ stubtest: build ## check that _core.pyi says what the core has
 
 bench: ## measure the planner
 	cargo bench --workspace
+
+fuzz: ## change files of the form TARGET for SECONDS (needs nightly Rust and cargo-fuzz)
+	@mkdir -p fuzz/work/$(TARGET)
+	cd fuzz && cargo +nightly fuzz run -s none $(TARGET) work/$(TARGET) corpus/$(TARGET) -- \
+		-dict=files.dict -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=1024 -max_len=8192
+
+fuzz-seeds: ## write valid files for the fuzzer to start from
+	cd fuzz && cargo run --quiet --example seeds
 
 build: $(wheel) ## install the package, with what it needs, into VENV
 

@@ -43,14 +43,15 @@ pub fn cluster(data: &[u8]) {
     let Some(text) = text(data) else { return };
     for read in [Cluster::from_toml, Cluster::from_json, Cluster::parse] {
         let Ok(cluster) = read(text) else { continue };
-        let written = cluster.to_json();
-        assert_eq!(Cluster::from_json(&written).expect("a written cluster can be read"), cluster);
         let last = cluster.devices.len() as u32 - 1;
         for bytes in [0, 1, u64::MAX] {
             cluster.transfer_ns(bytes, 0, last);
             cluster.all_reduce_ns(bytes, &[0, last, u32::MAX]);
         }
         if cluster.devices.len() <= MAX_DEVICES {
+            let written = cluster.to_json();
+            let read = Cluster::from_json(&written).expect("a written cluster can be read");
+            assert_eq!(read, cluster);
             plan_for(&small_graph(), None, &cluster, 24);
         }
     }
@@ -65,14 +66,13 @@ pub fn plan(data: &[u8]) {
         plan.report_for(rows);
     }
     let graph = small_graph();
-    let checked = plan.check(&graph, plan.world_size);
+    let fits = plan.check(&graph, plan.world_size).is_ok();
     let small = plan.world_size as usize <= MAX_DEVICES
         && plan.stages.len() <= MAX_NODES
         && plan.microbatches <= 64;
-    if small {
-        play(&plan, &graph).expect("a plan that can be read can be laid out");
+    if small && let Err(error) = play(&plan, &graph) {
+        assert!(!fits, "a plan that fits can be carried out: {error}");
     }
-    let _ = checked;
 }
 
 /// Plans; whatever comes out must hold.

@@ -50,6 +50,12 @@ pub enum CostError {
         /// The first node that needs it.
         node: String,
     },
+    /// A profile with numbers that nothing can have.
+    #[error("the profile is not valid: {problem}")]
+    BadProfile {
+        /// What does not hold, and where.
+        problem: String,
+    },
     /// A device kind without built-in numbers.
     #[error("there is no device preset `{found}`")]
     UnknownPreset {
@@ -81,7 +87,9 @@ impl CostError {
             Self::UnknownSharding { .. } => {
                 "use `none`, `optimizer`, `gradients` or `parameters`".into()
             }
-            Self::UnknownSignature { .. } => "profile the model again on this device".into(),
+            Self::UnknownSignature { .. } | Self::BadProfile { .. } => {
+                "profile the model again on this device".into()
+            }
             Self::UnknownPreset { .. } => {
                 format!("use one of `{}`, or give all numbers in a cluster file", presets())
             }
@@ -92,7 +100,7 @@ impl CostError {
             Self::Format { .. } | Self::Json { .. } | Self::Toml { .. } => {
                 "see docs/formats for the form of the file".into()
             }
-            Self::BadCluster { .. } => return None,
+            Self::BadCluster { .. } => "correct the cluster, see docs/formats".into(),
         })
     }
 }

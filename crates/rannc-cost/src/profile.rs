@@ -12,6 +12,12 @@ use crate::CostError;
 
 const FORMAT: &str = "rannc.profile/1";
 const PARTS: u64 = 1_000_000;
+/// More rows than this in a batch are surely a mistake.
+const MAX_ROWS: u64 = 1 << 40;
+/// A longer time than this, 104 days, is surely a mistake.
+const MAX_NS: u64 = 1 << 53;
+/// A larger factor than this, a million, is surely a mistake.
+const MAX_PPM: u64 = PARTS * PARTS;
 
 /// The time of an operator at one number of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,7 +77,7 @@ impl Profile {
     ///
     /// # Errors
     ///
-    /// [`CostError::Json`] or [`CostError::Format`].
+    /// [`CostError::Json`], [`CostError::Format`] or [`CostError::BadProfile`].
     pub fn from_json(text: &str) -> Result<Self, CostError> {
         let json = |source| CostError::Json { what: "profile", source };
         let header: Header = serde_json::from_str(text).map_err(json)?;
@@ -83,7 +89,24 @@ impl Profile {
             samples.sort_by_key(|sample| sample.rows);
             samples.dedup_by_key(|sample| sample.rows);
         }
+        profile.refuse_absurd_numbers()?;
         Ok(profile)
+    }
+
+    fn refuse_absurd_numbers(&self) -> Result<(), CostError> {
+        let calibration = || "`calibration`".to_owned();
+        let Calibration { forward_ppm, backward_ppm } = self.calibration;
+        refuse_above(calibration, "forward_ppm", forward_ppm, MAX_PPM)?;
+        refuse_above(calibration, "backward_ppm", backward_ppm, MAX_PPM)?;
+        for (signature, samples) in &self.entries {
+            let place = || format!("a sample of `{signature}`");
+            for sample in samples {
+                refuse_above(place, "rows", sample.rows, MAX_ROWS)?;
+                refuse_above(place, "forward_ns", sample.forward_ns, MAX_NS)?;
+                refuse_above(place, "backward_ns", sample.backward_ns, MAX_NS)?;
+            }
+        }
+        Ok(())
     }
 
     /// The JSON form; equal profiles give equal bytes.
@@ -91,6 +114,19 @@ impl Profile {
         serde_json::to_string(&Written { format: FORMAT, profile: self })
             .expect("a profile holds nothing that JSON cannot say")
     }
+}
+
+fn refuse_above(
+    place: impl Fn() -> String,
+    field: &str,
+    found: u64,
+    limit: u64,
+) -> Result<(), CostError> {
+    if found <= limit {
+        return Ok(());
+    }
+    let problem = format!("{} has {found} for `{field}`, needed at most {limit}", place());
+    Err(CostError::BadProfile { problem })
 }
 
 /// A time as a function of rows, piecewise linear through its samples.
@@ -150,7 +186,7 @@ fn line(left: (u64, u64), right: (u64, u64), rows: u64) -> u64 {
     let run = i128::from(right.0) - i128::from(left.0);
     let rise = i128::from(right.1) - i128::from(left.1);
     let offset = i128::from(rows) - i128::from(left.0);
-    let height = i128::from(left.1) + rise.saturating_mul(offset) / run.max(1);
+    let height = i128::from(left.1).saturating_add(rise.saturating_mul(offset) / run.max(1));
     u64::try_from(height.max(0)).unwrap_or(u64::MAX)
 }
 
@@ -178,6 +214,13 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_numbers_saturate() {
+        let huge = curve(&[(0, 0), (1, u64::MAX)]);
+        assert_eq!([1, 2, u64::MAX].map(|rows| huge.at(rows)), [u64::MAX; 3]);
+        assert_eq!(curve(&[(u64::MAX, u64::MAX)]).at(1), 1);
+    }
+
+    #[test]
     fn one_sample_means_proportional_unless_it_saw_no_rows() {
         assert_eq!(curve(&[(4, 100)]).at(8), 200);
         assert_eq!(curve(&[(0, 100)]).at(8), 100);
@@ -187,6 +230,24 @@ mod tests {
     fn other_formats_are_refused() {
         let error = Profile::from_json(r#"{"format":"rannc.graph/1"}"#).unwrap_err();
         insta::assert_snapshot!(error, @"the file has format `rannc.graph/1`, needed `rannc.profile/1`");
+    }
+
+    #[test]
+    fn absurd_numbers_name_the_place() {
+        let refused = |calibration: u64, rows: u64, time: u64| {
+            let text = format!(
+                r#"{{"format": "rannc.profile/1", "device": "cpu",
+                "calibration": {{"forward_ppm": 1, "backward_ppm": {calibration}}},
+                "entries": {{"op": [{{"rows": {rows}, "forward_ns": {time}, "backward_ns": 1}}]}}}}"#
+            );
+            Profile::from_json(&text).unwrap_err().to_string()
+        };
+        let found = [refused(u64::MAX, 1, 1), refused(1, u64::MAX, 1), refused(1, 1, u64::MAX)];
+        insta::assert_snapshot!(found.join("\n"), @"
+        the profile is not valid: `calibration` has 18446744073709551615 for `backward_ppm`, needed at most 1000000000000
+        the profile is not valid: a sample of `op` has 18446744073709551615 for `rows`, needed at most 1099511627776
+        the profile is not valid: a sample of `op` has 18446744073709551615 for `forward_ns`, needed at most 9007199254740992
+        ");
     }
 
     proptest! {

@@ -289,11 +289,16 @@ fn limits(classes: &Classes, options: &Options) -> Vec<u64> {
 /// The only way to run a model without operators.
 fn trivial(graph: &Graph, options: &Options) -> Candidate {
     let nodes = FixedBitSet::with_capacity(graph.nodes().len());
-    let replicas = options.num_replicas.unwrap_or(options.num_devices);
+    let (replicas, microbatches) = if graph.batch().splittable {
+        let replicas = options.num_replicas.unwrap_or(options.num_devices);
+        (replicas, microbatch_candidates(options)[0])
+    } else {
+        (1, 1)
+    };
     let ranks = (0..replicas as u32).collect();
     Candidate {
         stages: vec![StageCandidate { nodes, ranks, ..StageCandidate::default() }],
-        microbatches: microbatch_candidates(options)[0],
+        microbatches,
         schedule: options.schedules[0],
         estimate_ns: 0,
     }

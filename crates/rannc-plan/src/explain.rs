@@ -126,7 +126,7 @@ fn ranges(ranks: &[u32]) -> String {
 }
 
 /// A duration with three digits or so.
-pub(crate) fn duration(ns: u64) -> String {
+pub fn duration(ns: u64) -> String {
     match ns {
         0..1_000 => format!("{ns} ns"),
         1_000..1_000_000 => format!("{:.1} us", ns as f64 / 1e3),
@@ -136,7 +136,7 @@ pub(crate) fn duration(ns: u64) -> String {
 }
 
 /// A size in binary units.
-pub(crate) fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
     let mut unit = 0;

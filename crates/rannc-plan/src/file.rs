@@ -150,6 +150,19 @@ mod tests {
     }
 
     #[test]
+    fn groups_that_a_path_enters_again_are_refused() {
+        let graph = rannc_graph::testing::chain(3, 8);
+        let mut plan = Plan::from_json(VALID).unwrap();
+        plan.model_identity = graph.identity();
+        let key = |layer: usize| graph.nodes()[layer].key.clone();
+        plan.stages[0].nodes = (0..3).map(key).collect();
+        plan.stages[0].recompute = vec![vec![key(0), key(1)], vec![key(2)]];
+        plan.check(&graph, 2).unwrap();
+        plan.stages[0].recompute = vec![vec![key(0), key(2)]];
+        insta::assert_snapshot!(plan.check(&graph, 2).unwrap_err(), @"the deployment is not valid: stage 0 cannot compute a group of `recompute` again: a path leaves the group and enters it again at `layer2/op#0`");
+    }
+
+    #[test]
     fn contradictions_are_placed_by_stage() {
         let found = [
             refused("\"world_size\": 2", "\"world_size\": 0"),
@@ -162,6 +175,7 @@ mod tests {
             refused("\"nodes\": [\"a\"]", "\"nodes\": [\"a\", \"a\"]"),
             refused("[1, 2]", "[1]"),
             refused("[1, 2]", "[0, 0]"),
+            refused("[[\"a\"]]", "[[\"a\"], [\"a\"]]"),
         ];
         insta::assert_snapshot!(found.join("\n"), @"
         the deployment is not valid: it has 0 processes, needed 1 to 65536
@@ -174,6 +188,7 @@ mod tests {
         the deployment is not valid: the operator `a` is listed in stages 0 and 0
         the deployment is not valid: stage 0 has 1 shares for 2 ranks, needed one for each
         the deployment is not valid: stage 0 has a share of 0, needed 1 to 1099511627776
+        the deployment is not valid: stage 0 lists `a` twice in `recompute`
         ");
     }
 }

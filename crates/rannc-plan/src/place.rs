@@ -78,7 +78,11 @@ impl Plan {
     }
 
     /// The division of a graph that the plan stands for.
-    pub(crate) fn candidate(&self, graph: &Graph) -> Result<Candidate, PlanError> {
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError::Invalid`] when the plan's stages contradict each other.
+    pub fn candidate(&self, graph: &Graph) -> Result<Candidate, PlanError> {
         self.check_form()?;
         let nodes = rannc_partition::assign(graph, &self.wanted(), self.stages.len());
         let stages = nodes.into_iter().zip(&self.stages).map(|(nodes, stage)| {
@@ -137,6 +141,17 @@ impl Plan {
                 ));
             }
         }
+        for (index, (nodes, stage)) in parts.iter().zip(&self.stages).enumerate() {
+            for group in recomputed(graph, nodes, &stage.recompute) {
+                if let Some(id) = entered_again(graph, &group) {
+                    return invalid(format!(
+                        "stage {index} cannot compute a group of `recompute` again: a path leaves \
+                         the group and enters it again at `{}`",
+                        graph.node(id).key
+                    ));
+                }
+            }
+        }
         if !graph.batch().splittable
             && (self.microbatches > 1 || self.stages.iter().any(|stage| stage.ranks.len() > 1))
         {
@@ -185,6 +200,10 @@ impl Plan {
                     ));
                 }
             }
+            let mut again: BTreeSet<&str> = BTreeSet::new();
+            if let Some(key) = stage.recompute.iter().flatten().find(|key| !again.insert(key)) {
+                return invalid(format!("stage {index} lists `{key}` twice in `recompute`"));
+            }
         }
         Ok(())
     }
@@ -224,6 +243,29 @@ fn recomputed(graph: &Graph, nodes: &FixedBitSet, groups: &[Vec<String>]) -> Vec
         known
     });
     known.filter(|group| !group.is_empty()).collect()
+}
+
+/// The first operator of a group, in topological order, that reads what an operator outside made of
+/// values of the group.
+fn entered_again(graph: &Graph, group: &[NodeId]) -> Option<NodeId> {
+    let (first, last) = (group.first()?, group.last()?);
+    let inside = |id: &NodeId| group.binary_search(id).is_ok();
+    let mut left: BTreeSet<ValueId> = BTreeSet::new();
+    for id in (first.index()..=last.index()).map(NodeId::new) {
+        let node = graph.node(id);
+        let reads_left = node.inputs.iter().any(|value| left.contains(value));
+        if inside(&id) {
+            if reads_left {
+                return Some(id);
+            }
+            continue;
+        }
+        let from_group = |value: &ValueId| graph.producer(*value).is_some_and(|made| inside(&made));
+        if reads_left || node.inputs.iter().any(from_group) {
+            left.extend(&node.outputs);
+        }
+    }
+    None
 }
 
 fn invalid<T>(problem: String) -> Result<T, PlanError> {

@@ -5,7 +5,7 @@
 
 use rannc_cost::{Cluster, Profile};
 use rannc_graph::{Graph, testing};
-use rannc_plan::{Options, Plan, PlanError, compile};
+use rannc_plan::{Options, Plan, PlanError, Planner, compile};
 use rannc_schedule::Mode;
 
 /// Larger graphs, clusters and plans are read but not planned or played: a target must be quick.
@@ -93,13 +93,15 @@ fn plan_for(graph: &Graph, profile: Option<&Profile>, cluster: &Cluster, batch_s
     play(&plan, graph).expect("the planner's plans can be carried out");
 }
 
-/// Every rank's actions, in both modes.
+/// Every rank's actions in both modes, and a simulated step.
 fn play(plan: &Plan, graph: &Graph) -> Result<(), PlanError> {
     let placement = plan.place(graph)?;
     for mode in [Mode::Training, Mode::Inference] {
         let rows = rannc_plan::even_rows(plan.batch_size.clamp(1, 64), plan.world_size);
         placement.program(rows, true, mode)?;
     }
+    let cluster = Cluster::uniform("cpu", 1, plan.world_size)?;
+    Planner::new(graph, None).timeline(&cluster, &Options::default(), plan)?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, value_parser};
-use rannc_schedule::ScheduleKind;
+use rannc_cost::{ScheduleKind, Sharding};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -33,6 +33,9 @@ pub(crate) enum Command {
     /// Show a deployment: stages, replicas, and the predicted time and memory.
     #[command(after_help = EXIT_CODES)]
     Show(ShowArgs),
+    /// Simulate a training step: when each rank does what, and how much memory it takes.
+    #[command(after_help = EXIT_CODES)]
+    Simulate(SimulateArgs),
     /// Check that a deployment belongs to a graph and can be carried out.
     #[command(after_help = EXIT_CODES)]
     Check(CheckArgs),
@@ -52,6 +55,7 @@ impl Command {
         match self {
             Self::Plan(args) => args.json,
             Self::Show(args) => args.json,
+            Self::Simulate(args) => args.json,
             Self::Check(args) => args.json,
             Self::Capture(_) | Self::Program { .. } => false,
         }
@@ -127,6 +131,13 @@ pub(crate) struct PlanArgs {
     /// Use only this schedule: `fill_drain` or `1f1b`.
     #[arg(long)]
     pub(crate) schedule: Option<ScheduleKind>,
+    /// What the replicas of a stage may divide among themselves at most: `none`, `optimizer`,
+    /// `gradients` or `parameters`.
+    #[arg(long, value_name = "LEVEL", default_value_t)]
+    pub(crate) sharding: Sharding,
+    /// Keep all activations: compute nothing again in backward.
+    #[arg(long)]
+    pub(crate) no_recompute: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -137,6 +148,25 @@ pub(crate) struct ShowArgs {
     #[arg(long, conflicts_with = "json")]
     pub(crate) batch: Option<u64>,
     /// Print the deployment as JSON, and errors, too.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct SimulateArgs {
+    /// The deployment file.
+    pub(crate) deployment: PathBuf,
+    /// The captured graph.
+    pub(crate) graph: PathBuf,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Bytes of optimizer state per parameter byte: 2 for Adam, 1 for momentum, 0 for plain SGD.
+    #[arg(long, default_value_t = 2.0, value_parser = state_factor)]
+    pub(crate) optimizer_state_factor: f64,
+    /// Write the timeline for `chrome://tracing` or Perfetto.
+    #[arg(long, value_name = "FILE.json")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Print times and memory as JSON, and errors, too.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -1,19 +1,21 @@
 //! The subcommands: read files, call the library, print.
 
 use anyhow::Result;
-use rannc_plan::{Options, Plan, PlanError};
+use rannc_plan::{Options, Plan, PlanError, Planner};
 use rannc_schedule::{Mode, ScheduleKind, grid, listing};
 use serde_json::json;
 
-use crate::args::{CheckArgs, Command, PlanArgs, ShowArgs};
-use crate::{capture, input, report};
+use crate::args::{Args, CheckArgs, Command, PlanArgs, ShowArgs};
+use crate::progress::Bar;
+use crate::{capture, input, report, simulate};
 
 /// Runs one subcommand; its exit code.
-pub(crate) fn run(command: &Command) -> Result<u8> {
-    match command {
+pub(crate) fn run(args: &Args) -> Result<u8> {
+    match &args.command {
         Command::Capture(args) => return capture::run(args),
-        Command::Plan(args) => plan(args)?,
+        Command::Plan(plan_args) => plan(plan_args, args.verbose)?,
         Command::Show(args) => show(args)?,
+        Command::Simulate(args) => simulate::run(args)?,
         Command::Check(args) => check(args)?,
         Command::Program { deployment, graph } => {
             let (plan, graph) = (input::plan(deployment)?, input::graph(graph)?);
@@ -28,7 +30,7 @@ pub(crate) fn run(command: &Command) -> Result<u8> {
     Ok(0)
 }
 
-fn plan(args: &PlanArgs) -> Result<()> {
+fn plan(args: &PlanArgs, verbosity: u8) -> Result<()> {
     let graph = input::graph(&args.graph)?;
     let cluster = input::cluster(&args.cluster)?;
     let profile = input::profile(args.cluster.profile.as_deref())?;
@@ -43,9 +45,12 @@ fn plan(args: &PlanArgs) -> Result<()> {
         memory_limit_gib: args.memory_limit_gib,
         memory_margin: args.memory_margin,
         schedules: args.schedule.map_or_else(|| ScheduleKind::ALL.to_vec(), |kind| vec![kind]),
+        recompute: !args.no_recompute,
+        sharding: args.sharding,
         ..defaults
     };
-    let plan = rannc_plan::compile(&graph, profile.as_ref(), &cluster, &options)?;
+    let planner = Planner::new(&graph, profile.as_ref());
+    let plan = planner.plan(&cluster, &options, &Bar::new(verbosity))?;
     if let Some(path) = &args.output {
         plan.save(path)?;
     }

@@ -5,7 +5,10 @@ mod capture;
 mod commands;
 mod input;
 mod log;
+mod progress;
 mod report;
+mod simulate;
+mod timeline;
 
 use std::process::ExitCode;
 
@@ -14,7 +17,7 @@ use clap::Parser;
 fn main() -> ExitCode {
     let args = args::Args::parse();
     log::start(args.verbose);
-    match commands::run(&args.command) {
+    match commands::run(&args) {
         Ok(code) => ExitCode::from(code),
         Err(error) => report::failure(&error, args.command.in_json()),
     }

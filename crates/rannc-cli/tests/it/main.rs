@@ -4,6 +4,7 @@ mod bad_input;
 mod capturing;
 mod corpus;
 mod planning;
+mod simulating;
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -91,7 +91,7 @@ fn a_plan_for_too_little_memory_is_a_no_with_a_hint() {
     let (error, causes, hint) = error_in_json(&output);
     assert!(error.starts_with("no partition fits"));
     assert_eq!(causes, [""; 0]);
-    assert!(hint.unwrap().contains("memory"));
+    assert!(hint.unwrap().contains("device"));
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn a_deployment_of_another_model_is_a_no() {
 #[test]
 fn help_says_what_the_exit_codes_mean() {
     let folder = tempfile::tempdir().unwrap();
-    for command in ["capture", "plan", "show", "check", "program"] {
+    for command in ["capture", "plan", "show", "simulate", "check", "program"] {
         let help = rannc(folder.path(), &[command, "--help"]);
         assert!(help.status.success());
         assert!(text(&help.stdout).contains("1  the answer is no"));
@@ -144,6 +144,7 @@ fn what_cannot_be_meant_is_bad_usage() {
         ("--optimizer-state-factor", "-1"),
         ("--optimizer-state-factor", "inf"),
         ("--schedule", "gpipe"),
+        ("--sharding", "zero"),
     ] {
         assert!(refused(&["--batch", "8", option, value]).contains(value), "{option} {value}");
     }

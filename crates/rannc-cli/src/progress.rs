@@ -1,0 +1,80 @@
+//! A bar on the terminal while the search runs.
+
+use std::io::IsTerminal as _;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use rannc_plan::Progress;
+
+/// Searches shorter than this show no bar.
+const DELAY: Duration = Duration::from_secs(1);
+
+/// Shows how far the search is: only on a terminal, and only if it takes long.
+pub(crate) struct Bar {
+    start: Instant,
+    delay: Duration,
+    bar: OnceLock<ProgressBar>,
+}
+
+impl Bar {
+    /// A bar that appears when the search has run for a second; never where nobody would see it,
+    /// nor between the lines of a log.
+    pub(crate) fn new(verbosity: u8) -> Self {
+        let visible = std::io::stderr().is_terminal() && verbosity == 0;
+        Self::after(if visible { DELAY } else { Duration::MAX })
+    }
+
+    fn after(delay: Duration) -> Self {
+        Self { start: Instant::now(), delay, bar: OnceLock::new() }
+    }
+}
+
+impl Progress for Bar {
+    fn update(&self, phase: &str, done: u64, total: u64) {
+        if self.start.elapsed() < self.delay {
+            return;
+        }
+        let bar = self.bar.get_or_init(|| {
+            let style = ProgressStyle::with_template("{elapsed} {bar:32} {pos}/{len} {msg}");
+            ProgressBar::new(total)
+                .with_style(style.expect("the template is valid"))
+                .with_elapsed(self.start.elapsed())
+        });
+        bar.set_length(total);
+        bar.set_position(done);
+        if bar.message() != phase {
+            bar.set_message(phase.to_owned());
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use rannc_plan::Progress as _;
+
+    use super::Bar;
+
+    #[test]
+    fn short_searches_show_no_bar() {
+        let (late, now) = (Bar::after(Duration::from_secs(3600)), Bar::after(Duration::ZERO));
+        for bar in [&late, &now] {
+            bar.update("blocks", 1, 9);
+            bar.update("stages", 5, 8);
+        }
+        assert!(late.bar.get().is_none());
+        let shown = now.bar.get().expect("its time has come");
+        assert_eq!((shown.position(), shown.length()), (5, Some(8)));
+        assert_eq!(shown.message(), "stages");
+    }
+}

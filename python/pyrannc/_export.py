@@ -14,9 +14,12 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
 
 from ._culprit import CustomBackward, Sites, Tracker
 from ._flat import module_path
+from ._lazy import compiled_when_called
+from ._repeats import HistoryNeededError, traced_once
 from ._side_effects import Snapshot
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._structure import Structure, flatten
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
     from ._opaque import Opaque
 
+_STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
 _log = logging.getLogger("pyrannc")
 
 
@@ -35,7 +40,8 @@ class Program:
     """An exported model.
 
     Attributes:
-        module: the program; its submodule `model` holds the model's state.
+        module: the program.
+        state: the parameters, buffers and constants that it reads as attributes but does not have.
         symbols: translates its sizes.
         rows: the number of rows it was exported with.
         batch_inputs: positions of the tensors that hold rows.
@@ -45,6 +51,7 @@ class Program:
     """
 
     module: fx.GraphModule
+    state: dict[str, Any]
     symbols: Symbols
     rows: int
     batch_inputs: set[int]
@@ -131,7 +138,7 @@ def export(
         exporter.sites.add_module(model.get_submodule(path))
     if static_reason is None:
         # Sizes 0 and 1 are taken as constants by the exporter.
-        module = exporter.export(tensors, max(rows, 2), dynamic=True)
+        module, state = exporter.export(tensors, max(rows, 2), dynamic=True)
         symbols = _batch_symbols(module)
         static_reason = "the model is written for one batch size"
         if symbols:
@@ -140,11 +147,21 @@ def export(
         if symbols and (static_reason is None or rows > 1):
             calls, exported_rows = exporter.sites.calls, max(rows, 2)
             return Program(
-                module, table, exported_rows, set(symbols), flat.results, calls, static_reason
+                module,
+                state,
+                table,
+                exported_rows,
+                set(symbols),
+                flat.results,
+                calls,
+                static_reason,
             )
-    module = exporter.export(tensors, rows, dynamic=False)
+    module, state = exporter.export(tensors, rows, dynamic=False)
     calls = exporter.sites.calls
-    return Program(module, Symbols([]), rows, candidates, flat.results, calls, static_reason)
+    symbols_of_none = Symbols([])
+    return Program(
+        module, state, symbols_of_none, rows, candidates, flat.results, calls, static_reason
+    )
 
 
 class _Exporter:
@@ -161,8 +178,10 @@ class _Exporter:
         self._flat = flat
         self._candidates = candidates
 
-    def export(self, tensors: list[torch.Tensor], rows: int, *, dynamic: bool) -> fx.GraphModule:
-        """The exported program.
+    def export(
+        self, tensors: list[torch.Tensor], rows: int, *, dynamic: bool
+    ) -> tuple[fx.GraphModule, dict[str, Any]]:
+        """The exported program, and the state that it reads.
 
         Args:
             tensors: tensors like its arguments.
@@ -174,19 +193,34 @@ class _Exporter:
             self._observe(tensors, rows)
         while True:
             try:
-                with self.sites.standing_in(), tracker.watching():
-                    copies = self._copies(tensors, rows)
-                    module = _exported(self._flat, copies, self._candidates if dynamic else set())
+                copies = self._copies(tensors, rows)
+                candidates = self._candidates if dynamic else set()
+                module, state = self._traced(tracker, copies, candidates)
                 unknown = _unknown_sizes(module)
                 if not unknown:
                     self._tell_changes()
-                    return module
+                    return module, state
                 self.sites.add_module(self._around(unknown))
             except CaptureError:
                 raise
             except Exception as failure:
                 self._blame(failure, tracker.running)
             self._observe(tensors, rows)
+
+    def _traced(
+        self, tracker: Tracker, tensors: list[torch.Tensor], candidates: set[int]
+    ) -> tuple[fx.GraphModule, dict[str, Any]]:
+        """The program, with each distinct operator traced once if that works."""
+        with contextlib.suppress(HistoryNeededError), traced_once() as repeats:
+            try:
+                with self.sites.standing_in(), tracker.watching():
+                    return _exported(self._flat, tensors, candidates)
+            except Exception as failure:
+                if not repeats.any or _known_cause(failure) is not None:
+                    raise
+                raise HistoryNeededError from failure
+        with self.sites.standing_in(), tracker.watching():
+            return _exported(self._flat, tensors, candidates)
 
     def _tell_changes(self) -> None:
         for name in self._flat.changed:
@@ -200,14 +234,12 @@ class _Exporter:
 
     def _blame(self, failure: Exception, running: list[torch.nn.Module]) -> None:
         """Makes the part opaque in which the exporter failed."""
-        link: BaseException | None = failure
-        while link is not None:
-            if isinstance(link, CaptureError):
-                raise link
-            if isinstance(link, CustomBackward):
-                self.sites.add_function(link.function)
-                return
-            link = link.__cause__ or link.__context__
+        cause = _known_cause(failure)
+        if isinstance(cause, CustomBackward):
+            self.sites.add_function(cause.function)
+            return
+        if cause is not None:
+            raise cause
         own = set(self._model.modules())
         inside = [module for module in running if module in own]
         _log.info("`%s` is captured as one operator: %s", _innermost_name(inside), failure)
@@ -228,6 +260,15 @@ class _Exporter:
             self.sites.observe(
                 lambda count: self._flat(*self._copies(tensors, count)), (rows, other)
             )
+
+
+def _known_cause(failure: BaseException | None) -> CaptureError | CustomBackward | None:
+    """The error of our own that the exporter wrapped, if it is one."""
+    while failure is not None:
+        if isinstance(failure, (CaptureError, CustomBackward)):
+            return failure
+        failure = failure.__cause__ or failure.__context__
+    return None
 
 
 def _innermost_name(running: list[torch.nn.Module]) -> str:
@@ -269,13 +310,48 @@ def _copy(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
     return copied.requires_grad_(tensor.requires_grad)
 
 
-def _exported(flat: FlatModel, tensors: list[torch.Tensor], candidates: set[int]) -> fx.GraphModule:
+def _exported(
+    flat: FlatModel, tensors: list[torch.Tensor], candidates: set[int]
+) -> tuple[fx.GraphModule, dict[str, Any]]:
     shapes = tuple({0: Dim.AUTO} if i in candidates else None for i in range(len(tensors)))
-    with _quiet(), torch.enable_grad(), _no_autocast(), _regions_in_line():
+    with (
+        _quiet(),
+        torch.enable_grad(),
+        _no_autocast(),
+        _regions_in_line(),
+        compiled_when_called(),
+        _without_places(),
+    ):
         program = torch.export.export(
             flat, tuple(tensors), strict=False, dynamic_shapes={"tensors": shapes}
         )
-        return program.module()
+        return _unlifted(program)
+
+
+def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """The program's graph with parameters and buffers as attributes, and these by their names.
+
+    `ExportedProgram.module` would copy the graph several times to make it callable.
+    """
+    signature = program.graph_signature
+    plain = all(spec.kind in _STATE or spec.kind is InputKind.USER_INPUT for spec in signature.input_specs)
+    if not plain or any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
+        return program.module(), {}
+    state: dict[str, Any] = {}
+    graph = program.graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        target = str(spec.target)
+        found = program.constants if target in program.constants else program.state_dict
+        state[target] = found[target]
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", target)
+        attribute.meta = node.meta
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    return program.graph_module, state
 
 
 def _batch_symbols(module: fx.GraphModule) -> dict[int, sympy.Symbol]:
@@ -337,6 +413,17 @@ def _regions_in_line() -> Iterator[None]:
             setattr(module, name, lambda program, signature: (program, signature))
             stack.callback(setattr, module, name, original)
         yield
+
+
+@contextlib.contextmanager
+def _without_places() -> Iterator[None]:
+    """Keeps the exporter from noting where in the source each operator was called."""
+    before = fx.config.do_not_emit_stack_traces
+    fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx.config.do_not_emit_stack_traces = before
 
 
 @contextlib.contextmanager

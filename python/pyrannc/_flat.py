@@ -189,6 +189,7 @@ class Flattener:
         self.inputs: list[fx.Node] = []
         self._symbols = program.symbols
         self._prefix = prefix
+        self._state = program.state
         self._opaque_calls = program.opaque_calls
         self._sizes: dict[str, fx.Node] = {}
         for node in exported.graph.nodes:
@@ -344,9 +345,10 @@ class Flattener:
         return self._sizes[text]
 
     def _attribute(self, source: fx.GraphModule, target: str, node: fx.Node) -> Any:
-        found: Any = source
-        for part in target.split("."):
-            found = getattr(found, part)
+        found: Any = self._state.get(target, source)
+        if found is source:
+            for part in target.split("."):
+                found = getattr(found, part)
         if isinstance(found, fx.GraphModule):
             return found
         # A tensor that the model has under several names goes by the first.

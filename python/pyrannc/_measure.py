@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from ._flat import Scope, Scoped, is_value, operator_of, outputs_of, tensors_read, written_arguments
 from ._opaque import FlopCounter, Opaque, SavedStorages
+from ._replay import Described, Replay, Storage, UnclearError, describe, fresh
 from ._sizes import Affine, Symbols, at, fit
 
 if TYPE_CHECKING:
@@ -84,9 +85,17 @@ def measure(
     Raises:
         OneBatchSizeError: when it runs for the first batch size only.
     """
-    first = _run(module, inputs, examples, symbols, rows[0])
+    replay = Replay()
+
+    def run(number: int) -> _Run:
+        try:
+            return _replayed(module, inputs, examples, symbols, number, replay)
+        except UnclearError:
+            return _run(module, inputs, examples, symbols, number)
+
+    first = run(rows[0])
     try:
-        second = first if rows[0] == rows[1] else _run(module, inputs, examples, symbols, rows[1])
+        second = first if rows[0] == rows[1] else run(rows[1])
     except Exception as failure:
         message = f"it fails for {rows[1]} rows though not for {rows[0]}"
         raise OneBatchSizeError(message) from failure
@@ -110,6 +119,51 @@ def measure(
         if isinstance(call, Opaque):
             known.flops, known.saved_bytes = call.flops, call.saved_bytes
     return Measurements(first.tensors, operators)
+
+
+def _replayed(
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    examples: list[torch.Tensor],
+    symbols: Symbols,
+    rows: int,
+    replay: Replay,
+) -> _Run:
+    """What `_run` finds, with each distinct operator run once.
+
+    Raises:
+        UnclearError: when an operator does what only a run of the whole graph can tell.
+    """
+    run = _Run()
+    known: dict[fx.Node, Any] = {}
+    storages: dict[int, Storage] = {}
+    for node, example in zip(inputs, examples, strict=True):
+        known[node] = fresh([at(n, rows) for n in symbols.shape(node.meta["val"])], example)
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and is_value(node):
+            known[node] = describe(_attribute(module, str(node.target)), storages)
+    for storage in storages.values():
+        storage.saved = True
+    for node in module.graph.nodes:
+        if node in known or node.op == "output":
+            continue
+        what = operator_of(node)
+        if what is None:
+            found = _auxiliary(module, node, known, rows)
+            is_tensor = isinstance(found, torch.Tensor)
+            known[node] = fresh(list(found.shape), found) if is_tensor else found
+            continue
+        done = replay.call(module, node, known, what)
+        known[node] = done.result
+        run.flops[node], run.saved_bytes[node] = done.flops, done.saved_bytes
+        run.aliases[node], run.writes[node] = done.aliases, done.writes
+        for output in outputs_of(node):
+            known[output] = done.result if output is node else done.result[output.args[1]]
+    for node, value in known.items():
+        if isinstance(value, Described):
+            dtype = str(value.dtype).removeprefix("torch.")
+            run.tensors[node] = TensorFacts(dtype, value.requires_grad, value.contiguous)
+    return run
 
 
 def _run(

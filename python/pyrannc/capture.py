@@ -19,6 +19,7 @@ from ._export import Program, export
 from ._flat import Flattener, is_value, operator_of
 from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
+from ._lazy import compiled_when_called
 from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure
 from ._opaque import Opaque
@@ -158,18 +159,15 @@ def _captured(
     model, tensors, structure, rows = call.model, call.tensors, call.structure, call.rows
     program = export(model, tensors, structure, rows, static_reason, opaque)
     flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
-    module = flat.module(type(model).__name__)
+    with compiled_when_called():
+        module = flat.module(type(model).__name__)
     layouts = _input_layouts(flat, program)
-    if program.dynamic:
-        analysis = analyse(module, layouts, program.symbols)
-        if program.static_reason is not None and analysis.reason is None:
-            analysis = _static_analysis(flat, layouts, program)
-    else:
-        analysis = _static_analysis(flat, layouts, program)
+    analysis = _analysis(flat, module, layouts, program)
     rewriter = Rewriter(module, flat.inputs, analysis.layouts)
     rewriter.apply(analysis.rewrites)
     module.graph.lint()
-    module.recompile()
+    with compiled_when_called():
+        module.recompile()
     sizes = (program.rows, program.rows if program.static_reason else 2 * program.rows)
     try:
         facts = measure(module, flat.inputs, tensors, program.symbols, sizes)
@@ -193,6 +191,16 @@ def _captured(
         _constants=frozenset(v["name"] for v in file.values if v["kind"] == "constant"),
     )
     return captured, tuple(sorted(analysis.mixing)) if program.dynamic else ()
+
+
+def _analysis(
+    flat: Flattener, module: fx.GraphModule, layouts: dict[fx.Node, Layout], program: Program
+) -> RowAnalysis:
+    if program.dynamic:
+        analysis = analyse(module, layouts, program.symbols)
+        if program.static_reason is None or analysis.reason is not None:
+            return analysis
+    return _static_analysis(flat, layouts, program)
 
 
 def _are_small(model: torch.nn.Module, paths: tuple[str, ...]) -> bool:

@@ -1,0 +1,234 @@
+"""Has the exporter look at each distinct operator once.
+
+The exporter finds the results of an operator by running it on tensors without data, which for
+`linear` or attention means dozens of smaller operators, each with symbolic sizes. A model of equal
+layers calls few distinct operators: what an operator gives depends only on the sizes, strides,
+types and plain values it is given. So the first call runs, and later calls with equal arguments
+get results like the first's.
+
+Operators whose results share memory with their arguments, that write to their arguments, or whose
+sizes depend on data always run. A model that differentiates inside its forward needs the history
+that results here do not have: it gets `HistoryNeededError`, and is exported without this.
+
+This replaces a private function of torch; where another version of torch has it otherwise,
+everything works as it does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator
+
+_NEVER = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class HistoryNeededError(Exception):
+    """Occurs when a model differentiates a result that was made like an earlier one."""
+
+
+@dataclass(slots=True)
+class Repeats:
+    """Whether any results were made like earlier ones."""
+
+    any: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """What a result is like.
+
+    Attributes:
+        example: a result without history; results like it have its sizes, strides and type.
+        device: where results lie.
+        requires_grad: whether they require gradients.
+    """
+
+    example: torch.Tensor
+    device: torch.device
+    requires_grad: bool
+
+
+class _Result(torch.autograd.Function):
+    """Gives made results a place in the history of their arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, made: list[torch.Tensor], keep: list[bool], *read: Any) -> Any:
+        del read
+        ctx.mark_non_differentiable(
+            *(tensor for tensor, grad in zip(made, keep, strict=True) if not grad)
+        )
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        del ctx, gradients
+        raise HistoryNeededError
+
+
+_apply = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Result)
+
+
+@contextlib.contextmanager
+def traced_once() -> Iterator[Repeats]:
+    """Has operators traced once while the body exports a model."""
+    repeats = Repeats()
+    try:
+        proxies = importlib.import_module("torch.fx.experimental.proxy_tensor")
+        tracer = _Tracer(proxies, repeats)
+    except (ImportError, AttributeError):
+        yield repeats
+        return
+    original = proxies.proxy_call
+    setattr(proxies, "proxy_call", tracer.call)  # noqa: B010
+    try:
+        yield repeats
+    finally:
+        setattr(proxies, "proxy_call", original)  # noqa: B010
+
+
+class _Tracer:
+    """Stands in for the exporter's own tracing of an operator."""
+
+    def __init__(self, proxies: Any, repeats: Repeats) -> None:
+        self._repeats = repeats
+        self._original: Callable[..., Any] = proxies.proxy_call
+        self._proxies_of: Callable[..., Any] = proxies._fetch_proxies_and_all_constant_flag
+        self._track: Callable[..., Any] = proxies.track_tensor
+        # None for operators that always run.
+        self._known: dict[Hashable, list[_Tensor] | None] = {}
+
+    def call(self, mode: Any, func: Any, pre_dispatch: bool, args: Any, kwargs: Any) -> Any:  # noqa: FBT001
+        """Traces one call of an operator."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        key = _key(mode, func, flat, spec) if pre_dispatch else None
+        if key is None:
+            return self._original(mode, func, pre_dispatch, args, kwargs)
+        if key not in self._known:
+            read = [item for item in flat if isinstance(item, torch.Tensor)]
+            versions = [tensor._version for tensor in read]
+            result = self._original(mode, func, pre_dispatch, args, kwargs)
+            written = versions != [tensor._version for tensor in read]
+            self._known[key] = None if written else _description(read, result)
+            return result
+        known = self._known[key]
+        if known is None:
+            return self._original(mode, func, pre_dispatch, args, kwargs)
+        _, proxies, constant = self._proxies_of(flat, mode.tracer)
+        if constant:
+            return self._original(mode, func, pre_dispatch, args, kwargs)
+        return self._repeat(mode, func, known, flat, pytree.tree_unflatten(proxies, spec))
+
+    def _repeat(
+        self, mode: Any, func: Any, known: list[_Tensor], flat: list[Any], proxies: Any
+    ) -> Any:
+        self._repeats.any = True
+        tracer = mode.tracer
+        name = tracer.graph._target_to_str(func.overloadpacket.__name__)
+        proxy = tracer.create_proxy("call_function", func, *proxies, name=name)
+        made = _made(known, [item for item in flat if isinstance(item, torch.Tensor)])
+        many = len(func._schema.returns) > 1
+        with torch._C.DisableTorchFunction():
+            for index, (result, like) in enumerate(zip(made, known, strict=True)):
+                place = proxy[index] if many else proxy
+                place.node.meta["val"] = like.example
+                self._track(result, place, constant=None, tracer=tracer)
+        if many:
+            proxy.node.meta["val"] = tuple(like.example for like in known)
+        return tuple(made) if many else made[0]
+
+
+def _made(known: list[_Tensor], read: list[torch.Tensor]) -> list[torch.Tensor]:
+    fake_mode = known[0].example.fake_mode
+    with torch._C.DisableTorchFunction():
+        made = []
+        for result in known:
+            elem = _empty_like(fake_mode, result.example)
+            made.append(FakeTensor(fake_mode, elem, result.device))
+        if any(result.requires_grad for result in known):
+            made = list(_apply(made, [result.requires_grad for result in known], *read))
+        return made
+
+
+def _empty_like(fake_mode: Any, example: torch.Tensor) -> torch.Tensor:
+    shape_env = fake_mode.shape_env
+    quiet = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
+    with in_kernel_invocation_manager(fake_mode), quiet:
+        return torch.empty_strided(
+            example.size(), example.stride(), dtype=example.dtype, device="meta"
+        )
+
+
+def _key(mode: Any, func: Any, flat: list[Any], spec: Any) -> Hashable | None:
+    """Equal for calls with results alike; `None` for operators that always run."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+        return None
+    if func in mode.decomposition_table or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if func._schema.is_mutable or any(tag in func.tags for tag in _NEVER):
+        return None
+    parts: list[Hashable] = [func, spec, torch.is_grad_enabled(), _autocast()]
+    for item in flat:
+        part = _part(item)
+        if part is None:
+            return None
+        parts.append(part)
+    return tuple(parts)
+
+
+def _part(item: Any) -> Hashable | None:
+    if isinstance(item, torch.Tensor):
+        if type(item) is not FakeTensor or item.layout != torch.strided:
+            return None
+        return (
+            *(_number(size) for size in item.size()),
+            *(_number(stride) for stride in item.stride()),
+            item.dtype,
+            item.fake_device,
+            item.requires_grad,
+        )
+    if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return _number(item)
+    if item is None or isinstance(
+        item, (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+    ):
+        return (type(item), item)
+    return None
+
+
+def _number(number: Any) -> Hashable:
+    return number if isinstance(number, int) else number.node.expr
+
+
+def _autocast() -> Hashable:
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return None
+    return tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+    )
+
+
+def _description(read: list[torch.Tensor], result: Any) -> list[_Tensor] | None:
+    results = [result] if isinstance(result, torch.Tensor) else result
+    if not isinstance(results, tuple | list) or not results:
+        return None
+    storages = {tensor.untyped_storage()._cdata for tensor in read}
+    described = []
+    for tensor in results:
+        if type(tensor) is not FakeTensor or tensor.layout != torch.strided:
+            return None
+        storage = tensor.untyped_storage()._cdata
+        if storage in storages:
+            return None
+        storages.add(storage)
+        described.append(_Tensor(tensor.detach(), tensor.device, tensor.requires_grad))
+    return described

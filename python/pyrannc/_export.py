@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ._culprit import CustomBackward, Sites, Tracker
 from ._flat import module_path
 from ._lazy import compiled_when_called
-from ._repeats import HistoryNeededError, traced_once
+from ._repeats import RealNeededError, traced_once
 from ._side_effects import Snapshot
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._structure import Structure, flatten
@@ -211,14 +211,15 @@ class _Exporter:
         self, tracker: Tracker, tensors: list[torch.Tensor], candidates: set[int]
     ) -> tuple[fx.GraphModule, dict[str, Any]]:
         """The program, with each distinct operator traced once if that works."""
-        with contextlib.suppress(HistoryNeededError), traced_once() as repeats:
-            try:
-                with self.sites.standing_in(), tracker.watching():
-                    return _exported(self._flat, tensors, candidates)
-            except Exception as failure:
-                if not repeats.any or _known_cause(failure) is not None:
-                    raise
-                raise HistoryNeededError from failure
+        for views in (True, False):
+            with contextlib.suppress(RealNeededError), traced_once(views=views) as repeats:
+                try:
+                    with self.sites.standing_in(), tracker.watching():
+                        return _exported(self._flat, tensors, candidates)
+                except Exception as failure:
+                    if not repeats.any or _known_cause(failure) is not None:
+                        raise
+                    raise RealNeededError from failure
         with self.sites.standing_in(), tracker.watching():
             return _exported(self._flat, tensors, candidates)
 

@@ -6,9 +6,10 @@ layers calls few distinct operators: what an operator gives depends only on the 
 types and plain values it is given. So the first call runs, and later calls with equal arguments
 get results like the first's.
 
-Operators whose results share memory with their arguments, that write to their arguments, or whose
-sizes depend on data always run. A model that differentiates inside its forward needs the history
-that results here do not have: it gets `HistoryNeededError`, and is exported without this.
+Operators that write to their arguments or whose sizes depend on data always run. Views that are
+made like earlier ones do not lie in the memory of what they show; where such memory is written to,
+and where a model differentiates inside its forward, real results are needed: `RealNeededError`, and
+the model is exported again without.
 
 This replaces a private function of torch; where another version of torch has it otherwise,
 everything works as it does without.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._dispatch.python import no_python_dispatcher
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -31,14 +33,15 @@ if TYPE_CHECKING:
 _NEVER = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
-class HistoryNeededError(Exception):
-    """Occurs when a model differentiates a result that was made like an earlier one."""
+class RealNeededError(Exception):
+    """Occurs when a model needs more of a result than its sizes and type."""
 
 
 @dataclass(slots=True)
 class Repeats:
-    """Whether any results were made like earlier ones."""
+    """What may be made like earlier ones, and whether anything was."""
 
+    views: bool
     any: bool = False
 
 
@@ -50,11 +53,15 @@ class _Tensor:
         example: a result without history; results like it have its sizes, strides and type.
         device: where results lie.
         requires_grad: whether they require gradients.
+        view: the same without the exporter's part, of a result that shares memory.
+        same: the position, among the tensors read, of the one that is the result.
     """
 
     example: torch.Tensor
     device: torch.device
     requires_grad: bool
+    view: torch.Tensor | None = None
+    same: int | None = None
 
 
 class _Result(torch.autograd.Function):
@@ -71,16 +78,20 @@ class _Result(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         del ctx, gradients
-        raise HistoryNeededError
+        raise RealNeededError
 
 
 _apply = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Result)
 
 
 @contextlib.contextmanager
-def traced_once() -> Iterator[Repeats]:
-    """Has operators traced once while the body exports a model."""
-    repeats = Repeats()
+def traced_once(*, views: bool) -> Iterator[Repeats]:
+    """Has operators traced once while the body exports a model.
+
+    Args:
+        views: also those whose results share memory with their arguments.
+    """
+    repeats = Repeats(views)
     try:
         proxies = importlib.import_module("torch.fx.experimental.proxy_tensor")
         tracer = _Tracer(proxies, repeats)
@@ -105,9 +116,13 @@ class _Tracer:
         self._track: Callable[..., Any] = proxies.track_tensor
         # None for operators that always run.
         self._known: dict[Hashable, list[_Tensor] | None] = {}
+        # Memory that tensors only seem to share, by address.
+        self._apart: dict[int, torch.UntypedStorage] = {}
 
     def call(self, mode: Any, func: Any, pre_dispatch: bool, args: Any, kwargs: Any) -> Any:  # noqa: FBT001
         """Traces one call of an operator."""
+        if self._apart:
+            self._check_writes(func, args, kwargs)
         flat, spec = pytree.tree_flatten((args, kwargs))
         key = _key(mode, func, flat, spec) if pre_dispatch else None
         if key is None:
@@ -117,7 +132,7 @@ class _Tracer:
             versions = [tensor._version for tensor in read]
             result = self._original(mode, func, pre_dispatch, args, kwargs)
             written = versions != [tensor._version for tensor in read]
-            self._known[key] = None if written else _description(read, result)
+            self._known[key] = None if written else self._description(read, result)
             return result
         known = self._known[key]
         if known is None:
@@ -134,7 +149,12 @@ class _Tracer:
         tracer = mode.tracer
         name = tracer.graph._target_to_str(func.overloadpacket.__name__)
         proxy = tracer.create_proxy("call_function", func, *proxies, name=name)
-        made = _made(known, [item for item in flat if isinstance(item, torch.Tensor)])
+        read = [item for item in flat if isinstance(item, torch.Tensor)]
+        made = _made(known, read)
+        if known[0].view is not None:
+            for tensor in (known[0].view, *read):
+                storage = tensor.untyped_storage()
+                self._apart.setdefault(storage._cdata, storage)
         many = len(func._schema.returns) > 1
         with torch._C.DisableTorchFunction():
             for index, (result, like) in enumerate(zip(made, known, strict=True)):
@@ -145,13 +165,62 @@ class _Tracer:
             proxy.node.meta["val"] = tuple(like.example for like in known)
         return tuple(made) if many else made[0]
 
+    def _check_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuses to write where tensors only seem to share memory, or only seem not to."""
+        if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
+            return
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in pytree.tree_leaves(given):
+                is_tensor = isinstance(tensor, torch.Tensor)
+                if is_tensor and tensor.untyped_storage()._cdata in self._apart:
+                    raise RealNeededError
+
+    def _description(self, read: list[torch.Tensor], result: Any) -> list[_Tensor] | None:
+        results = [result] if isinstance(result, torch.Tensor) else result
+        if not isinstance(results, tuple | list) or not results:
+            return None
+        storages = {tensor.untyped_storage()._cdata for tensor in read}
+        described = []
+        for tensor in results:
+            if type(tensor) is not FakeTensor or tensor.layout != torch.strided:
+                return None
+            same = [i for i, one in enumerate(read) if one is tensor]
+            storage = tensor.untyped_storage()._cdata
+            shares = storage in storages
+            if (shares or same) and not (self._repeats.views and len(results) == 1):
+                return None
+            storages.add(storage)
+            view = _without_mode(tensor) if shares else None
+            described.append(
+                _Tensor(
+                    tensor.detach(),
+                    tensor.device,
+                    tensor.requires_grad,
+                    view,
+                    same[0] if same else None,
+                )
+            )
+        return described
+
+
+def _without_mode(tensor: FakeTensor) -> torch.Tensor:
+    with no_python_dispatcher(), in_kernel_invocation_manager(tensor.fake_mode):
+        return torch.ops.aten.detach.default(tensor)  # type: ignore[no-any-return]
+
 
 def _made(known: list[_Tensor], read: list[torch.Tensor]) -> list[torch.Tensor]:
+    if known[0].same is not None:
+        return [read[known[0].same]]
     fake_mode = known[0].example.fake_mode
     with torch._C.DisableTorchFunction():
         made = []
         for result in known:
-            elem = _empty_like(fake_mode, result.example)
+            elem = result.view
+            if elem is None:
+                elem = _empty_like(fake_mode, result.example)
             made.append(FakeTensor(fake_mode, elem, result.device))
         if any(result.requires_grad for result in known):
             made = list(_apply(made, [result.requires_grad for result in known], *read))
@@ -215,20 +284,3 @@ def _autocast() -> Hashable:
         (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         for device in ("cpu", "cuda")
     )
-
-
-def _description(read: list[torch.Tensor], result: Any) -> list[_Tensor] | None:
-    results = [result] if isinstance(result, torch.Tensor) else result
-    if not isinstance(results, tuple | list) or not results:
-        return None
-    storages = {tensor.untyped_storage()._cdata for tensor in read}
-    described = []
-    for tensor in results:
-        if type(tensor) is not FakeTensor or tensor.layout != torch.strided:
-            return None
-        storage = tensor.untyped_storage()._cdata
-        if storage in storages:
-            return None
-        storages.add(storage)
-        described.append(_Tensor(tensor.detach(), tensor.device, tensor.requires_grad))
-    return described

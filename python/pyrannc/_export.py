@@ -335,8 +335,9 @@ def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, di
     `ExportedProgram.module` would copy the graph several times to make it callable.
     """
     signature = program.graph_signature
-    plain = all(spec.kind in _STATE or spec.kind is InputKind.USER_INPUT for spec in signature.input_specs)
-    if not plain or any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
+    kinds: set[Any] = {spec.kind for spec in signature.input_specs}
+    kinds |= {spec.kind for spec in signature.output_specs}
+    if kinds - {*_STATE, InputKind.USER_INPUT, OutputKind.USER_OUTPUT}:
         return program.module(), {}
     state: dict[str, Any] = {}
     graph = program.graph_module.graph

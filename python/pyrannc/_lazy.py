@@ -26,10 +26,10 @@ def compiled_when_called() -> Iterator[None]:
             return self.forward(*args, **kwargs)
 
         # Each graph has a class of its own.
-        type(module).forward = forward  # type: ignore[method-assign]
+        type(module).forward = forward
 
-    fx.GraphModule.recompile = recompile  # type: ignore[method-assign, assignment]
+    setattr(fx.GraphModule, "recompile", recompile)  # noqa: B010
     try:
         yield
     finally:
-        fx.GraphModule.recompile = original  # type: ignore[method-assign]
+        setattr(fx.GraphModule, "recompile", original)  # noqa: B010

@@ -20,11 +20,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch._dispatch.python import no_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class _Tensor:
         same: the position, among the tensors read, of the one that is the result.
     """
 
-    example: torch.Tensor
+    example: FakeTensor
     device: torch.device
     requires_grad: bool
     view: torch.Tensor | None = None
@@ -114,6 +114,7 @@ class _Tracer:
         self._original: Callable[..., Any] = proxies.proxy_call
         self._proxies_of: Callable[..., Any] = proxies._fetch_proxies_and_all_constant_flag
         self._track: Callable[..., Any] = proxies.track_tensor
+        self._sizes_when_used: Callable[..., Any] = proxies._enable_thunkify
         # None for operators that always run.
         self._known: dict[Hashable, list[_Tensor] | None] = {}
         # Memory that tensors only seem to share, by address.
@@ -132,7 +133,8 @@ class _Tracer:
             versions = [tensor._version for tensor in read]
             result = self._original(mode, func, pre_dispatch, args, kwargs)
             written = versions != [tensor._version for tensor in read]
-            self._known[key] = None if written else self._description(read, result)
+            with self._sizes_when_used(mode.tracer):
+                self._known[key] = None if written else self._description(read, result)
             return result
         known = self._known[key]
         if known is None:
@@ -140,7 +142,8 @@ class _Tracer:
         _, proxies, constant = self._proxies_of(flat, mode.tracer)
         if constant:
             return self._original(mode, func, pre_dispatch, args, kwargs)
-        return self._repeat(mode, func, known, flat, pytree.tree_unflatten(proxies, spec))
+        with self._sizes_when_used(mode.tracer):
+            return self._repeat(mode, func, known, flat, pytree.tree_unflatten(proxies, spec))
 
     def _repeat(
         self, mode: Any, func: Any, known: list[_Tensor], flat: list[Any], proxies: Any
@@ -196,7 +199,7 @@ class _Tracer:
             view = _without_mode(tensor) if shares else None
             described.append(
                 _Tensor(
-                    tensor.detach(),
+                    cast("FakeTensor", tensor.detach()),
                     tensor.device,
                     tensor.requires_grad,
                     view,
@@ -208,7 +211,10 @@ class _Tracer:
 
 def _without_mode(tensor: FakeTensor) -> torch.Tensor:
     with no_python_dispatcher(), in_kernel_invocation_manager(tensor.fake_mode):
-        return torch.ops.aten.detach.default(tensor)  # type: ignore[no-any-return]
+        bare: torch.Tensor = torch.ops.aten.detach.default(tensor)
+        # What torch finds out about symbolic sizes, copies of the tensor know as well.
+        bare.is_contiguous()
+    return bare
 
 
 def _made(known: list[_Tensor], read: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -216,7 +222,7 @@ def _made(known: list[_Tensor], read: list[torch.Tensor]) -> list[torch.Tensor]:
         return [read[known[0].same]]
     fake_mode = known[0].example.fake_mode
     with torch._C.DisableTorchFunction():
-        made = []
+        made: list[torch.Tensor] = []
         for result in known:
             elem = result.view
             if elem is None:

@@ -18,6 +18,19 @@ pub(crate) struct BadFile {
     path: PathBuf,
 }
 
+impl BadFile {
+    /// What to name instead.
+    pub(crate) fn hint(&self) -> Option<String> {
+        let hint = match self.what {
+            "graph" => "name a file that `rannc capture` wrote",
+            "profile" => "name a file of the form `rannc.profile/1`, or leave `--profile` out",
+            "cluster" => "name a TOML or JSON file, or a preset as `kind:nodesxdevices`",
+            _ => return None,
+        };
+        Some(hint.into())
+    }
+}
+
 impl fmt::Display for BadFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot use the {} `{}`", self.what, self.path.display())

@@ -44,7 +44,9 @@ pub(crate) fn failure(error: &anyhow::Error, in_json: bool) -> ExitCode {
         }
     }
     let own = error.downcast_ref::<Hint>().map(|error| error.hint.clone());
-    let hint = own.or_else(|| error.chain().find_map(hint));
+    let hint = own
+        .or_else(|| error.chain().find_map(hint))
+        .or_else(|| error.downcast_ref::<BadFile>().and_then(BadFile::hint));
     let text = if in_json {
         format!("{}\n", json!({ "error": problem, "causes": causes, "hint": hint }))
     } else {

@@ -74,6 +74,7 @@ fn missing_and_binary_files_are_named() {
     for cluster in ["nowhere.toml", "binary.json", "."] {
         let text = run(&["plan", "graph.json", "--cluster", cluster, "--batch", "8"]);
         assert!(text.contains(&format!("`{cluster}`")), "{text}");
+        assert!(text.contains("\nhint: "), "{text}");
     }
     let unknown = run(&["plan", "graph.json", "--cluster", "tpu:1x8", "--batch", "8"]);
     assert!(unknown.contains("there is no device preset `tpu`"));
@@ -102,7 +103,7 @@ fn errors_in_json_have_causes_and_hints() {
     let (error, causes, hint) = error_in_json(&output);
     assert_eq!(error, "cannot use the graph `nowhere.json`");
     assert_eq!(causes.len(), 1);
-    assert_eq!(hint, None);
+    assert_eq!(hint.as_deref(), Some("name a file that `rannc capture` wrote"));
 }
 
 #[test]

@@ -14,6 +14,7 @@
 //! ```
 
 mod action;
+mod chart;
 mod check;
 mod clock;
 mod compile;
@@ -32,6 +33,7 @@ mod simulate;
 mod text;
 
 pub use action::{Action, Pass, Program, RowRange, Slot};
+pub use chart::{chrome_trace, timeline_text};
 pub use check::check;
 pub use compile::compile;
 pub use error::ScheduleError;
@@ -41,5 +43,5 @@ pub use pipeline::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, Stage, StageId, Transport,
 };
 pub use rannc_cost::ScheduleKind;
-pub use render::{chrome_trace, grid, listing};
+pub use render::{grid, listing};
 pub use simulate::{Event, Memory, RankTimeline, Timeline, Timing, simulate};

@@ -1,11 +1,9 @@
-//! Pictures of programs: a grid of text, all lists as text, and a trace for Chrome or Perfetto.
+//! Pictures of programs: a grid of text, and all lists as text.
 
 use std::fmt::Write as _;
 
-use serde_json::json;
-
 use crate::run::{At, Fault};
-use crate::simulate::{Event, Memory, Timeline, Timing, simulate};
+use crate::simulate::{Memory, Timing, simulate};
 use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, StageId};
 
 /// How many ranks before and after the wrong one an error shows.
@@ -84,44 +82,6 @@ pub fn listing(program: &Program) -> String {
         }
     }
     text
-}
-
-/// A timeline in Chrome's trace format: one process per rank, with work, sends and receives on lines of
-/// their own.
-pub fn chrome_trace(timeline: &Timeline) -> String {
-    let mut events = Vec::new();
-    for rank in 0..timeline.ranks.len() {
-        let name = json!({ "name": format!("rank {rank}") });
-        events.push(json!({ "ph": "M", "name": "process_name", "pid": rank, "args": name }));
-        for (line, name) in ["work", "send", "receive"].into_iter().enumerate() {
-            let name = json!({ "name": name });
-            events.push(json!({
-                "ph": "M", "name": "thread_name", "pid": rank, "tid": line, "args": name
-            }));
-        }
-    }
-    events.extend(timeline.events.iter().map(trace_event));
-    json!({ "displayTimeUnit": "ns", "traceEvents": events }).to_string()
-}
-
-fn trace_event(event: &Event) -> serde_json::Value {
-    let (line, category) = match event.action {
-        Action::Send { .. } => (1, "send"),
-        Action::Recv { .. } => (2, "receive"),
-        Action::Forward { .. } => (0, "forward"),
-        Action::Backward { .. } => (0, "backward"),
-        _ => (0, "reduce"),
-    };
-    json!({
-        "ph": "X",
-        "name": event.action.label(),
-        "cat": category,
-        "pid": event.rank,
-        "tid": line,
-        "ts": event.start_ns as f64 / 1000.0,
-        "dur": (event.end_ns - event.start_ns) as f64 / 1000.0,
-        "args": { "action": event.action.to_string() },
-    })
 }
 
 /// The error for a fault in one of the two passes of a program.

@@ -4,6 +4,14 @@
 //! Work and reductions keep it busy; transfers run beside its work, but one at a time out of a rank and one at
 //! a time into it. The second pass starts on a rank when its first one is done and its outputs are there; what
 //! the caller does in between takes no time.
+//!
+//! Links are not shared any further: the time of a transfer between nodes is that of one device's share of its
+//! node's network cards (`rannc_cost::Cluster`), which it has also when all devices of the node send at once.
+//!
+//! Memory is what one rank holds beyond its parameters, gradients and optimizer state: what stages keep for
+//! backward, from the start of the forward to the end of the backward, and stage inputs and outputs from the
+//! time at which they are made, or a receive is posted, until their last use is over. What is computed again in
+//! backward is not kept; [`Memory::saved_bytes`] leaves it out.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use rannc_schedule::{
     Action, GradientGroup, Memory, Mode, Pipeline, Place, Program, RankId, ScheduleError,
     ScheduleKind, StageId, Timeline, Timing, Transport, chrome_trace, compile, simulate,
+    timeline_text,
 };
 
 use crate::pipelines::{Case, batch, cases, chain};
@@ -141,5 +142,88 @@ fn the_trace_is_json() {
     let work = events.iter().filter(|event| event["cat"] == "forward").count();
     assert_eq!(work, 4);
     let send = events.iter().find(|event| event["cat"] == "send").unwrap();
-    assert_eq!((&send["name"], &send["dur"]), (&"0SEND_F0".into(), &1.5.into()));
+    assert_eq!((&send["name"], &send["dur"]), (&"send F 0 0".into(), &1.5.into()));
+}
+
+#[test]
+fn a_trace_has_all_that_a_viewer_needs() {
+    let pipeline = chain(2, &[&[0], &[1]]);
+    let program =
+        compile(&pipeline, &batch(&[1, 0], 1), ScheduleKind::FillDrain, Mode::Training).unwrap();
+    let trace = chrome_trace(&timeline(&program, &pipeline, 1500).unwrap());
+    let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let short = |event: &serde_json::Value| {
+        let field = |name: &str| event.get(name).map_or(String::new(), |value| format!(" {value}"));
+        let fields = ["ph", "pid", "tid", "ts", "dur", "id", "name"].map(field);
+        fields.concat().replace('"', "").trim_start().to_owned()
+    };
+    insta::assert_snapshot!(events.iter().map(short).collect::<Vec<_>>().join("\n"), @r"
+    M 0 0 process_name
+    M 0 0 process_sort_index
+    M 0 0 thread_name
+    M 0 1 thread_name
+    M 0 2 thread_name
+    M 1 0 process_name
+    M 1 0 process_sort_index
+    M 1 0 thread_name
+    M 1 1 thread_name
+    M 1 2 thread_name
+    X 0 0 0.0 0.01 F 0 0
+    X 0 1 0.01 1.5 send F 0 0
+    X 0 0 1.521 0.006 reduce output 2
+    X 0 2 1.549 1.5 receive B 0 0
+    X 0 0 3.049 0.02 B 0 0
+    X 1 2 0.01 1.5 receive F 1 0
+    X 1 0 1.51 0.011 F 1 0
+    X 1 0 1.521 0.006 reduce output 2
+    X 1 0 1.527 0.022 B 1 0
+    X 1 1 1.549 1.5 send B 1 0
+    s 0 1 0.01 0 transfer
+    f 1 2 0.01 0 transfer
+    s 1 1 1.549 1 transfer
+    f 0 2 1.549 1 transfer
+    ");
+}
+
+#[test]
+fn a_timeline_fits_on_lines() {
+    let case = four_stages(ScheduleKind::OneForwardOneBackward);
+    let text = timeline_text(&training(&case), 100);
+    insta::assert_snapshot!(text, @r"
+    simulated step of 0.000 ms, 0.000 ms a column: F forward, B backward, R reduce, - transfer, . idle
+    rank 0 |FFFFFFFFFF..................BBBBBFF..BBBBBFF..BBBBBFFF..BBBBFFF..BBBBB....BBBBB....BBBBB....BBBBBRRR|  56 % busy
+    rank 1 |..FFFFFFFF.............BBBBBFFF.BBBBBFFF.BBBBBFFF.BBBBBBFF..BBBBBFFF.BBBBB....BBBBB....BBBBBB....RRR|  62 % busy
+    rank 2 |.....FFFFFF......BBBBBBFFFBBBBBBFFFBBBBBBFFF.BBBBBFFF.BBBBBBFFFBBBBBBFFFBBBBBB....BBBBB..........RRR|  68 % busy
+    rank 3 |........FFFBBBBBBFFFBBBBBBFFFFBBBBBFFFFBBBBBBFFFBBBBBBFFFBBBBBBFFFBBBBBBFFFFBBBBBB...............RRR|  73 % busy
+    ");
+    let pipeline = chain(3, &[&[0, 1], &[2]]);
+    let program =
+        compile(&pipeline, &batch(&[2, 2, 2], 2), ScheduleKind::FillDrain, Mode::Training).unwrap();
+    let text = timeline_text(&timeline(&program, &pipeline, 15).unwrap(), 60);
+    insta::assert_snapshot!(text, @r"
+    simulated step of 0.000 ms, 0.000 ms a column: F forward, B backward, R reduce, - transfer, . idle
+    rank 0 |FFFFFF------............RRR......-----BBBBBB----BBBBBB....RR|  29 % busy
+    rank 1 |-----FFF-FFF---------...RRR...........----BBBBBB----BBBBBBRR|  29 % busy
+    rank 2 |----------------FFFF-FFFRRRBBBBBBBBBBBBB--..---------.......|  32 % busy
+    ");
+    assert_eq!(timeline_text(&Timeline::default(), 10).lines().count(), 1);
+}
+
+#[test]
+fn gradients_are_reduced_while_other_stages_work() {
+    let schedule = ScheduleKind::OneForwardOneBackward;
+    let pipeline = chain(4, &[&[0, 1], &[2, 3]]);
+    let program = compile(&pipeline, &batch(&[2; 4], 4), schedule, Mode::Training).unwrap();
+    let timeline = timeline(&program, &pipeline, 0).unwrap();
+    let last = |rank, wanted: fn(&Action) -> bool| {
+        let mut events = timeline.events.iter();
+        events.rfind(|event| event.rank == RankId(rank) && wanted(&event.action)).unwrap()
+    };
+    let backward = |rank| last(rank, |action| matches!(action, Action::Backward { .. }));
+    let reduce = |rank| last(rank, |action| matches!(action, Action::ReduceGradients { .. }));
+    for rank in 0..4 {
+        assert_eq!(reduce(rank).start_ns, backward(rank).end_ns, "rank {rank}");
+    }
+    assert!(reduce(2).end_ns < backward(0).end_ns);
 }

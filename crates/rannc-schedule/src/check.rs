@@ -18,11 +18,12 @@
 
 mod pieces;
 
-use crate::depend::{Access, Ledger, Resource, Resources};
+use crate::depend::{Access, Ledger, Resources};
 use crate::pipeline::Beside;
 use crate::render;
 use crate::rows::Layout;
 use crate::run::{At, Fault, Matching, Observer, Progress, Run, positions};
+use crate::script::{Move, Op, Script};
 use crate::{Action, Batch, Mode, Pass, Pipeline, Program, RankId, ScheduleError, StageId};
 use pieces::Pieces;
 
@@ -66,7 +67,8 @@ pub(crate) fn check_valid(
     })?;
     checker.pieces.complete(program)?;
     for (pass, (_, lists)) in program.passes().iter().enumerate() {
-        checker.play(lists, &matchings[pass]).map_err(located(pass))?;
+        let script = Script::new(lists, &matchings[pass], resources).map_err(located(pass))?;
+        checker.play(&script).map_err(located(pass))?;
     }
     Ok(())
 }
@@ -260,22 +262,18 @@ impl<'a> Checker<'a> {
     }
 
     /// Plays the lists of one pass to the end.
-    fn play(&mut self, lists: &[Vec<Action>], matching: &Matching) -> Result<(), Fault> {
-        let mut run = Run::new(self.resources, self.pipeline, lists, matching);
+    fn play(&mut self, script: &Script) -> Result<(), Fault> {
+        let mut run = Run::new(self.resources, self.pipeline, script);
         let mut woken: Vec<u32> = (0..self.pipeline.world_size).rev().collect();
         while let Some(rank) = woken.pop() {
             while run.advance(rank, &mut self.ledger, &mut Silent, &mut woken) == Progress::Ran {}
         }
-        for rank in 0..self.pipeline.world_size {
-            let at = run.position(rank);
-            if (at.step as usize) < lists[rank as usize].len() {
-                return Err(at.fault(
-                    "it waits for ever: what it needs comes later, or after something that waits \
-                     for this rank",
-                ));
-            }
-        }
-        Ok(())
+        run.stuck().map_or(Ok(()), |at| {
+            Err(at.fault(
+                "it waits for ever: what it needs comes later, or after something that waits \
+                 for this rank",
+            ))
+        })
     }
 }
 
@@ -283,7 +281,7 @@ impl<'a> Checker<'a> {
 struct Silent;
 
 impl Observer for Silent {
-    fn ran(&mut self, _: At, _: &Action) {}
-    fn delivered(&mut self, _: usize, _: Resource) {}
-    fn reduced(&mut self, _: &Action, _: &[At]) {}
+    fn ran(&mut self, _: At, _: Op) {}
+    fn delivered(&mut self, _: u32, _: &Move) {}
+    fn reduced(&mut self, _: Op, _: &[At]) {}
 }

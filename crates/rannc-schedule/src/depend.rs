@@ -17,7 +17,8 @@
 
 use rustc_hash::FxHashMap;
 
-use crate::{Action, Pass, Pipeline, Place, RankId, ScheduleError, Slot, StageId};
+use crate::script::{Work, rows_of};
+use crate::{Action, Pass, Pipeline, Place, RankId, RowRange, ScheduleError, Slot, StageId};
 
 /// What an action does to a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,13 +184,6 @@ impl<'a> Resources<'a> {
         Some(ports.first + assembly * ports.num_slots() + offset)
     }
 
-    /// The flows into a stage, then those out of it, each with whether it goes in.
-    pub(crate) fn ports(&self, stage: StageId) -> impl Iterator<Item = (usize, bool)> + '_ {
-        let ports = &self.stages[stage.index()].ports;
-        let flows = ports.flows.iter().enumerate();
-        flows.map(|(port, &flow)| (flow as usize, port < ports.num_inputs))
-    }
-
     /// The resource of the activations that a replica keeps of a microbatch.
     pub(crate) fn activations(
         &self,
@@ -197,8 +191,9 @@ impl<'a> Resources<'a> {
         stage: StageId,
         microbatch: u32,
     ) -> Option<Resource> {
-        let (ports, first) = self.work(rank, stage, microbatch).ok()?;
-        Some(first + ports.num_slots())
+        let assembly = self.assembly(stage, microbatch, rank)?;
+        let ports = &self.stages[stage.index()].ports;
+        Some(ports.first + assembly * (ports.num_slots() + 1) + ports.num_slots())
     }
 
     /// The number of a microbatch on a replica, within its stage.
@@ -209,6 +204,11 @@ impl<'a> Resources<'a> {
 
     fn replica(&self, stage: StageId, rank: RankId) -> Option<u32> {
         let ranks = &self.pipeline.stages.get(stage.index())?.ranks;
+        // Most stages are on ranks in a row.
+        let guess = rank.0.checked_sub(ranks[0].0)?;
+        if ranks.get(guess as usize) == Some(&rank) {
+            return Some(guess);
+        }
         ranks.binary_search(&rank).ok().map(small)
     }
 
@@ -219,16 +219,11 @@ impl<'a> Resources<'a> {
         action: &Action,
         mut visit: impl FnMut(Resource, Access),
     ) -> Result<(), Unknown> {
-        let slot = |slot: &Slot| {
-            self.slot(rank, slot).ok_or_else(|| format!("rank {rank} has no slot `{slot}`"))
-        };
+        let slot = |slot: &Slot| self.known_slot(rank, slot);
         let last = |release: bool| if release { Access::Take } else { Access::Read };
         match action {
-            Action::Forward { stage, microbatch, .. } => {
-                self.touch_forward(rank, *stage, *microbatch, visit)?;
-            }
-            Action::Backward { stage, microbatch, .. } => {
-                self.touch_backward(rank, *stage, *microbatch, visit)?;
+            Action::Forward { .. } | Action::Backward { .. } => {
+                self.touch_work(&self.work(rank, action)?, visit);
             }
             Action::Send { slot: from, release, .. } => visit(slot(from)?, last(*release)),
             Action::Recv { slot: to, .. } => visit(slot(to)?, Access::Write),
@@ -239,11 +234,7 @@ impl<'a> Resources<'a> {
             Action::ReduceGradients { group } => {
                 let index =
                     self.group(*group).ok_or_else(|| format!("there is no group {group}"))?;
-                for &stage in &self.pipeline.gradient_groups[index].stages {
-                    if let Some(replica) = self.replica(stage, rank) {
-                        visit(self.stages[stage.index()].gradients + replica, Access::Read);
-                    }
-                }
+                self.touch_gradients(rank, index, visit);
             }
             Action::ReduceOutput { value } => {
                 visit(slot(&Slot::new(Place::Sink, 0, *value, Pass::Forward))?, Access::Read);
@@ -252,58 +243,101 @@ impl<'a> Resources<'a> {
         Ok(())
     }
 
-    fn touch_forward(
-        &self,
-        rank: RankId,
-        stage: StageId,
-        microbatch: u32,
-        mut visit: impl FnMut(Resource, Access),
-    ) -> Result<(), Unknown> {
-        let (ports, first) = self.work(rank, stage, microbatch)?;
-        for port in 0..small(ports.flows.len()) {
-            let input = (port as usize) < ports.num_inputs;
-            let access = if input { Access::Take } else { Access::Write };
-            visit(first + slot_offset(port, Pass::Forward), access);
-        }
-        if self.pipeline.stages[stage.index()].backward {
-            visit(first + ports.num_slots(), Access::Write);
-        }
-        Ok(())
-    }
-
-    fn touch_backward(
-        &self,
-        rank: RankId,
-        stage: StageId,
-        microbatch: u32,
-        mut visit: impl FnMut(Resource, Access),
-    ) -> Result<(), Unknown> {
-        let (ports, first) = self.work(rank, stage, microbatch)?;
-        visit(first + ports.num_slots(), Access::Take);
+    /// The same for work that was looked up.
+    pub(crate) fn touch_work(&self, work: &Work, mut visit: impl FnMut(Resource, Access)) {
+        let ports = &self.stages[work.stage.index()].ports;
+        let activations = work.first + ports.num_slots();
+        let (inputs, outputs) = match work.pass {
+            Pass::Forward => (Access::Take, Access::Write),
+            Pass::Backward => (Access::Write, Access::Take),
+        };
         for (&flow, port) in ports.flows.iter().zip(0..) {
-            if self.pipeline.flows[flow as usize].gradient {
-                let input = (port as usize) < ports.num_inputs;
-                let access = if input { Access::Write } else { Access::Take };
-                visit(first + slot_offset(port, Pass::Backward), access);
+            if work.pass == Pass::Forward || self.pipeline.flows[flow as usize].gradient {
+                let access = if (port as usize) < ports.num_inputs { inputs } else { outputs };
+                visit(work.first + slot_offset(port, work.pass), access);
             }
         }
-        let replica = self.replica(stage, rank).expect("work found the replica");
-        visit(self.stages[stage.index()].gradients + replica, Access::Write);
-        Ok(())
+        match work.pass {
+            Pass::Forward if self.pipeline.stages[work.stage.index()].backward => {
+                visit(activations, Access::Write);
+            }
+            Pass::Forward => {}
+            Pass::Backward => {
+                visit(activations, Access::Take);
+                visit(work.gradients, Access::Write);
+            }
+        }
     }
 
-    /// The ports of a stage, and the first resource of one microbatch on one replica.
-    fn work(
+    /// The same for the reduction of a group, by its position.
+    pub(crate) fn touch_gradients(
         &self,
         rank: RankId,
-        stage: StageId,
-        microbatch: u32,
-    ) -> Result<(&Ports, Resource), Unknown> {
-        let assembly = self.assembly(stage, microbatch, rank).ok_or_else(|| {
+        group: usize,
+        mut visit: impl FnMut(Resource, Access),
+    ) {
+        for &stage in &self.pipeline.gradient_groups[group].stages {
+            if let Some(replica) = self.replica(stage, rank) {
+                visit(self.stages[stage.index()].gradients + replica, Access::Read);
+            }
+        }
+    }
+
+    /// Looks up a forward or backward.
+    pub(crate) fn work(&self, rank: RankId, action: &Action) -> Result<Work, Unknown> {
+        let (pass, stage, microbatch, rows) = match *action {
+            Action::Forward { stage, microbatch, rows } => (Pass::Forward, stage, microbatch, rows),
+            Action::Backward { stage, microbatch, rows } => {
+                (Pass::Backward, stage, microbatch, rows)
+            }
+            _ => return Err("it is no work".into()),
+        };
+        let found = self
+            .replica(stage, rank)
+            .and_then(|replica| Some((replica, self.assembly(stage, microbatch, rank)?)));
+        let (replica, assembly) = found.ok_or_else(|| {
             format!("rank {rank} has no stage {stage}, or there is no microbatch {microbatch}")
         })?;
-        let ports = &self.stages[stage.index()].ports;
-        Ok((ports, ports.first + assembly * (ports.num_slots() + 1)))
+        let StageResources { ports, gradients } = &self.stages[stage.index()];
+        let first = ports.first + assembly * (ports.num_slots() + 1);
+        Ok(Work { pass, stage, rows, first, gradients: gradients + replica })
+    }
+
+    /// The resource of a slot, or why there is none.
+    pub(crate) fn known_slot(&self, rank: RankId, slot: &Slot) -> Result<Resource, Unknown> {
+        self.slot(rank, slot).ok_or_else(|| format!("rank {rank} has no slot `{slot}`"))
+    }
+
+    /// The resource of an output on a rank, by the position of its flow.
+    pub(crate) fn output(&self, rank: RankId, flow: u32) -> Resource {
+        let port = self.sink.position(flow).expect("the flow was looked up before");
+        self.sink.first + rank.0 * self.sink.num_slots() + slot_offset(port, Pass::Forward)
+    }
+
+    /// The size of a piece.
+    pub(crate) fn bytes(&self, value: u32, rows: Option<RowRange>, total: u64) -> u64 {
+        let flow = self.flow(value).map(|index| &self.pipeline.flows[index]);
+        flow.map_or(0, |flow| flow.bytes.at(rows_of(rows, total)))
+    }
+
+    /// The slots that work fills, with the position of each one's flow.
+    pub(crate) fn results(&self, work: &Work) -> impl Iterator<Item = (usize, Resource)> + '_ {
+        let (pass, first) = (work.pass, work.first);
+        let ports = &self.stages[work.stage.index()].ports;
+        let flows = ports.flows.iter().zip(0u32..);
+        flows.filter_map(move |(&flow, port)| {
+            let input = (port as usize) < ports.num_inputs;
+            let filled = match pass {
+                Pass::Forward => !input,
+                Pass::Backward => input && self.pipeline.flows[flow as usize].gradient,
+            };
+            filled.then(|| (flow as usize, first + slot_offset(port, pass)))
+        })
+    }
+
+    /// What a replica keeps of the microbatch of a work.
+    pub(crate) fn kept_by(&self, work: &Work) -> Resource {
+        work.first + self.stages[work.stage.index()].ports.num_slots()
     }
 }
 

@@ -9,7 +9,7 @@ mod fill_drain;
 mod one_f_one_b;
 
 use crate::rows::Layout;
-use crate::{Action, Mode, Pass, Pipeline, ScheduleKind, StageId};
+use crate::{Action, Mode, Pass, Pipeline, Place, ScheduleKind, StageId};
 
 /// The work of each rank in both passes of a step, nothing else.
 #[derive(Debug, Default)]
@@ -91,16 +91,14 @@ fn deal(pipeline: &Pipeline, layout: &Layout, stages: &[Vec<Step>]) -> Vec<Vec<A
     let mut ranks = vec![Vec::new(); pipeline.world_size as usize];
     for (index, (steps, times)) in stages.iter().zip(&times).enumerate() {
         let stage = StageId::new(index);
-        for &rank in &pipeline.stages[index].ranks {
-            for (&Step { pass, microbatch }, &time) in steps.iter().zip(times) {
-                let rows = layout.stage_rows(stage, microbatch, rank);
+        for (&Step { pass, microbatch }, &time) in steps.iter().zip(times) {
+            for holding in layout.holdings(Place::Stage(stage), microbatch) {
+                let rows = holding.rows.len();
                 let action = match pass {
                     Pass::Forward => Action::Forward { stage, microbatch, rows },
                     Pass::Backward => Action::Backward { stage, microbatch, rows },
                 };
-                if rows > 0 {
-                    ranks[rank.index()].push((time, stage, action));
-                }
+                ranks[holding.rank.index()].push((time, stage, action));
             }
         }
     }

@@ -29,6 +29,7 @@ mod render;
 mod route;
 mod rows;
 mod run;
+mod script;
 mod simulate;
 mod text;
 

@@ -1,7 +1,8 @@
 //! Plays the lists of all ranks by the rules of the dependency relation, without time.
 
 use crate::depend::{Access, Ledger, Resource, Resources};
-use crate::{Action, Pipeline, RankId};
+use crate::script::{Move, Op, Script};
+use crate::{Action, Pipeline};
 
 /// A position in the lists of one pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,19 +107,19 @@ impl Matching {
     }
 
     /// The number of the pair that a send or receive belongs to.
-    pub(crate) fn number(&self, at: At) -> usize {
-        self.numbers[at.rank as usize][at.step as usize] as usize
+    pub(crate) fn number(&self, at: At) -> u32 {
+        self.numbers[at.rank as usize][at.step as usize]
     }
 }
 
 /// Learns what happens, in an order that respects all dependencies.
 pub(crate) trait Observer {
     /// An action that is no reduction ran.
-    fn ran(&mut self, at: At, action: &Action);
-    /// A send and its receive have both run: the piece arrives in `target`.
-    fn delivered(&mut self, pair: usize, target: Resource);
+    fn ran(&mut self, at: At, op: Op);
+    /// A send and its receive have both run: the piece arrives.
+    fn delivered(&mut self, number: u32, piece: &Move);
     /// A reduction ran on all its ranks.
-    fn reduced(&mut self, action: &Action, arrived: &[At]);
+    fn reduced(&mut self, op: Op, arrived: &[At]);
 }
 
 /// Where every rank is in its list.
@@ -126,13 +127,14 @@ pub(crate) trait Observer {
 pub(crate) struct Run<'a> {
     resources: &'a Resources<'a>,
     pipeline: &'a Pipeline,
-    lists: &'a [Vec<Action>],
-    matching: &'a Matching,
+    script: &'a Script,
     steps: Vec<u32>,
-    /// Per pair, whether one end has run.
+    /// Per move, whether one end has run.
     half_done: Vec<bool>,
     /// The ranks that wait in each gradient group, then in each reduced output.
     arrived: Vec<Vec<At>>,
+    /// Per rank, whether it waits in one.
+    waits: Vec<bool>,
 }
 
 /// What a rank did when it was asked to go on.
@@ -151,24 +153,30 @@ impl<'a> Run<'a> {
     pub(crate) fn new(
         resources: &'a Resources<'a>,
         pipeline: &'a Pipeline,
-        lists: &'a [Vec<Action>],
-        matching: &'a Matching,
+        script: &'a Script,
     ) -> Self {
         let num_reductions = pipeline.gradient_groups.len() + pipeline.flows.len();
         Self {
             resources,
             pipeline,
-            lists,
-            matching,
-            steps: vec![0; lists.len()],
-            half_done: vec![false; matching.pairs.len()],
+            script,
+            steps: vec![0; script.lists.len()],
+            half_done: vec![false; script.moves.len()],
             arrived: vec![Vec::new(); num_reductions],
+            waits: vec![false; script.lists.len()],
         }
     }
 
     /// Where a rank is.
     pub(crate) fn position(&self, rank: u32) -> At {
         At { rank, step: self.steps[rank as usize] }
+    }
+
+    /// Where a rank waits for ever, once no rank can go on.
+    pub(crate) fn stuck(&self) -> Option<At> {
+        let ranks = self.script.lists.iter().zip(0..);
+        let mut positions = ranks.map(|(list, rank)| (list.len(), self.position(rank)));
+        positions.find(|(end, at)| (at.step as usize) < *end).map(|(_, at)| at)
     }
 
     /// Lets a rank run its next action if it can; adds the ranks that this may set free to `woken`.
@@ -180,71 +188,61 @@ impl<'a> Run<'a> {
         woken: &mut Vec<u32>,
     ) -> Progress {
         let at = self.position(rank);
-        let Some(action) = self.lists[rank as usize].get(at.step as usize) else {
+        let Some(&op) = self.script.lists[rank as usize].get(at.step as usize) else {
             return Progress::Finished;
         };
         let mut allowed = true;
-        self.touch(rank, action, |resource, access| allowed &= ledger.allows(resource, access));
+        self.touch(rank, op, |resource, access| allowed &= ledger.allows(resource, access));
         if !allowed {
             return Progress::Blocked;
         }
-        if let Action::ReduceGradients { .. } | Action::ReduceOutput { .. } = action {
-            return self.reduce(at, action, ledger, observer, woken);
+        if let Op::ReduceGradients(_) | Op::ReduceOutput(_) = op {
+            return self.reduce(at, op, ledger, observer, woken);
         }
         self.steps[rank as usize] += 1;
-        let receives = matches!(action, Action::Recv { .. });
-        self.touch(rank, action, |resource, access| {
-            if !receives {
-                ledger.settle(resource, access);
-            }
-        });
-        observer.ran(at, action);
-        if let Action::Send { .. } | Action::Recv { .. } = action {
-            self.meet(self.matching.number(at), ledger, observer, woken);
+        if !matches!(op, Op::Recv(_)) {
+            self.touch(rank, op, |resource, access| ledger.settle(resource, access));
+        }
+        observer.ran(at, op);
+        if let Op::Send(number) | Op::Recv(number) = op {
+            self.meet(number, ledger, observer, woken);
         }
         Progress::Ran
     }
 
-    fn touch(&self, rank: u32, action: &Action, visit: impl FnMut(Resource, Access)) {
-        self.resources
-            .touch(RankId(rank), action, visit)
-            .expect("all actions were looked up when their writes and reads were counted");
+    fn touch(&self, rank: u32, op: Op, visit: impl FnMut(Resource, Access)) {
+        self.script.touch(rank, op, self.resources, visit);
     }
 
     /// One end of a transfer has run; if it is the second, the piece arrives.
     fn meet(
         &mut self,
-        pair: usize,
+        number: u32,
         ledger: &mut Ledger,
         observer: &mut impl Observer,
         woken: &mut Vec<u32>,
     ) {
-        if !std::mem::replace(&mut self.half_done[pair], true) {
+        if !std::mem::replace(&mut self.half_done[number as usize], true) {
             return;
         }
-        let receive = self.matching.pairs[pair].1;
-        let Action::Recv { slot, .. } = receive.action(self.lists) else {
-            unreachable!("the second of a pair is a receive");
-        };
-        let target = self.resources.slot(RankId(receive.rank), slot);
-        let target = target.expect("all slots were looked up when their writes were counted");
-        ledger.settle(target, Access::Write);
-        observer.delivered(pair, target);
-        woken.push(receive.rank);
+        let piece = &self.script.moves[number as usize];
+        ledger.settle(piece.target, Access::Write);
+        observer.delivered(number, piece);
+        woken.push(piece.to);
     }
 
     /// A rank arrives at a reduction; the last one sets all free.
     fn reduce(
         &mut self,
         at: At,
-        action: &Action,
+        op: Op,
         ledger: &mut Ledger,
         observer: &mut impl Observer,
         woken: &mut Vec<u32>,
     ) -> Progress {
-        let (index, needed) = self.reduction(action);
+        let (index, needed) = self.reduction(op);
         let arrived = &mut self.arrived[index];
-        if !arrived.contains(&at) {
+        if !std::mem::replace(&mut self.waits[at.rank as usize], true) {
             arrived.push(at);
         }
         if arrived.len() < needed {
@@ -253,27 +251,24 @@ impl<'a> Run<'a> {
         let mut arrived = std::mem::take(arrived);
         arrived.sort_unstable();
         for at in &arrived {
-            self.touch(at.rank, action, |resource, access| ledger.settle(resource, access));
+            self.touch(at.rank, op, |resource, access| ledger.settle(resource, access));
             self.steps[at.rank as usize] += 1;
+            self.waits[at.rank as usize] = false;
             woken.push(at.rank);
         }
-        observer.reduced(action, &arrived);
+        observer.reduced(op, &arrived);
         Progress::Ran
     }
 
     /// The number of a reduction, and how many ranks take part.
-    fn reduction(&self, action: &Action) -> (usize, usize) {
+    fn reduction(&self, op: Op) -> (usize, usize) {
         let groups = &self.pipeline.gradient_groups;
-        let found = match action {
-            Action::ReduceGradients { group } => {
-                self.resources.group(*group).map(|index| (index, groups[index].ranks.len()))
+        match op {
+            Op::ReduceGradients(group) => (group as usize, groups[group as usize].ranks.len()),
+            Op::ReduceOutput(flow) => {
+                (groups.len() + flow as usize, self.pipeline.world_size as usize)
             }
-            Action::ReduceOutput { value } => self
-                .resources
-                .flow(*value)
-                .map(|index| (groups.len() + index, self.pipeline.world_size as usize)),
-            _ => None,
-        };
-        found.expect("all reductions were looked up when their reads were counted")
+            _ => unreachable!("only reductions wait for other ranks"),
+        }
     }
 }

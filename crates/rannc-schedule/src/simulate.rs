@@ -20,8 +20,9 @@ use crate::check::refuse_other_ranks;
 use crate::clock::Clock;
 use crate::depend::{Ledger, Resources};
 use crate::render;
-use crate::run::{At, Matching, Progress, Run, positions};
-use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, StageId};
+use crate::run::{At, Matching, Progress, Run};
+use crate::script::Script;
+use crate::{Action, GradientGroup, Pass, Pipeline, Program, RankId, ScheduleError, StageId};
 
 /// How long things take, in nanoseconds.
 pub trait Timing {
@@ -92,27 +93,57 @@ pub fn simulate(
     pipeline.validate()?;
     refuse_other_ranks(program, pipeline)?;
     let resources = Resources::new(pipeline, num_microbatches(program))?;
-    let mut ledger = Ledger::new(&resources);
-    let mut training = false;
-    for (pass, (_, lists)) in program.passes().iter().enumerate() {
-        for (at, action) in positions(lists) {
-            training |= matches!(action, Action::Backward { .. });
-            resources
-                .touch(RankId(at.rank), action, |resource, access| ledger.expect(resource, access))
-                .map_err(|problem| render::rejected(program, pass, &at.fault(problem)))?;
+    let script = |pass: usize| {
+        let lists = program.passes()[pass].1;
+        let script =
+            Matching::new(lists).and_then(|matching| Script::new(lists, &matching, &resources));
+        script.map_err(|fault| render::rejected(program, pass, &fault))
+    };
+    let scripts = [script(0)?, script(1)?];
+    let stage = Stage { pipeline, resources: &resources, timing, memory };
+    stage
+        .play(&scripts, Some(program))
+        .map_err(|(pass, at)| render::rejected(program, pass, &at.fault("it waits for ever")))
+}
+
+/// Where scripts are played.
+pub(crate) struct Stage<'a> {
+    /// The pipeline.
+    pub(crate) pipeline: &'a Pipeline,
+    /// Its resources.
+    pub(crate) resources: &'a Resources<'a>,
+    /// How long things take.
+    pub(crate) timing: &'a dyn Timing,
+    /// How much memory work keeps.
+    pub(crate) memory: &'a dyn Memory,
+}
+
+impl Stage<'_> {
+    /// Plays both passes; keeps events if it gets the program. Fails where a rank waits for ever.
+    pub(crate) fn play(
+        &self,
+        scripts: &[Script; 2],
+        program: Option<&Program>,
+    ) -> Result<Timeline, (usize, At)> {
+        let &Self { pipeline, resources, timing, memory } = self;
+        let mut ledger = Ledger::new(resources);
+        for script in scripts {
+            script.expect(resources, |resource, access| ledger.expect(resource, access));
         }
-    }
-    let mut clock = Clock::new(pipeline, &resources, timing, memory, training);
-    for (pass, (_, lists)) in program.passes().iter().enumerate() {
-        let located = |fault| render::rejected(program, pass, &fault);
-        let matching = Matching::new(lists).map_err(located)?;
-        clock.begin(pass, lists, &matching);
-        let mut run = Run::new(&resources, pipeline, lists, &matching);
-        if let Some(at) = play(&mut run, &mut ledger, &mut clock, lists) {
-            return Err(located(at.fault("it waits for ever")));
+        let backward =
+            |script: &Script| script.works.iter().any(|work| work.pass == Pass::Backward);
+        let training = scripts.iter().any(backward);
+        let mut clock = Clock::new(pipeline, resources, timing, memory, (&scripts[0], training));
+        for (pass, script) in scripts.iter().enumerate() {
+            clock.begin(pass, script, program.map(|program| program.passes()[pass].1));
+            let mut run = Run::new(resources, pipeline, script);
+            play(&mut run, &mut ledger, &mut clock, pipeline.world_size);
+            if let Some(at) = run.stuck() {
+                return Err((pass, at));
+            }
         }
+        Ok(clock.finish())
     }
-    Ok(clock.finish())
 }
 
 fn num_microbatches(program: &Program) -> u32 {
@@ -124,29 +155,24 @@ fn num_microbatches(program: &Program) -> u32 {
     actions.map(microbatch).max().unwrap_or(0).saturating_add(1)
 }
 
-/// Lets the rank with the earliest time go first; returns where one waits for ever.
-fn play(
-    run: &mut Run<'_>,
-    ledger: &mut Ledger,
-    clock: &mut Clock<'_>,
-    lists: &[Vec<Action>],
-) -> Option<At> {
-    let ranks =
-        0..u32::try_from(lists.len()).expect("the ranks of a pipeline are numbered in 32 bits");
-    let mut queue: BinaryHeap<_> = ranks.map(|rank| Reverse((clock.now(rank), rank))).collect();
+/// Lets the rank with the earliest time go first, until no rank can go on.
+fn play(run: &mut Run<'_>, ledger: &mut Ledger, clock: &mut Clock<'_>, world_size: u32) {
+    let mut queue: BinaryHeap<_> =
+        (0..world_size).map(|rank| Reverse((clock.now(rank), rank))).collect();
     let mut woken = Vec::new();
     while let Some(Reverse((time, rank))) = queue.pop() {
-        // A rank that was woken twice has gone on already.
-        if time < clock.now(rank) {
-            continue;
-        }
-        if run.advance(rank, ledger, clock, &mut woken) == Progress::Ran {
-            woken.push(rank);
+        // A rank that was woken twice has gone on already. What takes no time needs no queue.
+        while time == clock.now(rank)
+            && run.advance(rank, ledger, clock, &mut woken) == Progress::Ran
+        {
+            let is_first = |&other: &u32| (clock.now(other), other) < (time, rank);
+            if clock.now(rank) > time || woken.iter().any(is_first) {
+                woken.push(rank);
+                break;
+            }
         }
         for rank in woken.drain(..) {
             queue.push(Reverse((clock.now(rank), rank)));
         }
     }
-    let positions = lists.iter().zip(0..).map(|(list, rank)| (list.len(), run.position(rank)));
-    positions.filter(|(end, at)| (at.step as usize) < *end).map(|(_, at)| at).next()
 }

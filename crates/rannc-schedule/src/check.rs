@@ -66,9 +66,10 @@ pub(crate) fn check_valid(
         ScheduleError::Incomplete { problem, grid: render::excerpt(program, None) }
     })?;
     checker.pieces.complete(program)?;
+    let mut script = Script::default();
     for (pass, (_, lists)) in program.passes().iter().enumerate() {
-        let script = Script::new(lists, &matchings[pass], resources).map_err(located(pass))?;
-        checker.play(&script).map_err(located(pass))?;
+        script.add(pass, lists, &matchings[pass], resources).map_err(located(pass))?;
+        checker.play(&script, pass).map_err(located(pass))?;
     }
     Ok(())
 }
@@ -262,8 +263,8 @@ impl<'a> Checker<'a> {
     }
 
     /// Plays the lists of one pass to the end.
-    fn play(&mut self, script: &Script) -> Result<(), Fault> {
-        let mut run = Run::new(self.resources, self.pipeline, script);
+    fn play(&mut self, script: &Script, pass: usize) -> Result<(), Fault> {
+        let mut run = Run::new(self.resources, self.pipeline, script, pass);
         let mut woken: Vec<u32> = (0..self.pipeline.world_size).rev().collect();
         while let Some(rank) = woken.pop() {
             while run.advance(rank, &mut self.ledger, &mut Silent, &mut woken) == Progress::Ran {}

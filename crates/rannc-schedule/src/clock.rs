@@ -16,7 +16,7 @@ pub(crate) struct Clock<'a> {
     training: bool,
     pass: usize,
     script: &'a Script,
-    /// The actions of the script, if events are wanted.
+    /// The actions of this pass, if events are wanted.
     lists: Option<&'a [Vec<Action>]>,
     /// Per move, when and at which step its sender and its receiver got ready.
     posted: Vec<[(u64, u32); 2]>,
@@ -71,18 +71,18 @@ impl<'a> Clock<'a> {
         resources: &'a Resources<'a>,
         timing: &'a dyn Timing,
         memory: &'a dyn Memory,
-        (script, training): (&'a Script, bool),
+        script: &'a Script,
     ) -> Self {
         Self {
             pipeline,
             resources,
             timing,
             memory,
-            training,
+            training: script.works.iter().any(|work| work.pass == Pass::Backward),
             pass: 0,
             script,
             lists: None,
-            posted: Vec::new(),
+            posted: vec![Default::default(); script.moves.len()],
             ranks: vec![Rank::default(); pipeline.world_size as usize],
             ready: vec![0; resources.count()],
             held: vec![0; resources.count()],
@@ -96,14 +96,8 @@ impl<'a> Clock<'a> {
     }
 
     /// Starts a pass, the second one on each rank when it has its outputs; keeps events if it gets `lists`.
-    pub(crate) fn begin(
-        &mut self,
-        pass: usize,
-        script: &'a Script,
-        lists: Option<&'a [Vec<Action>]>,
-    ) {
-        (self.pass, self.script, self.lists) = (pass, script, lists);
-        self.posted = vec![Default::default(); script.moves.len()];
+    pub(crate) fn begin(&mut self, pass: usize, lists: Option<&'a [Vec<Action>]>) {
+        (self.pass, self.lists) = (pass, lists);
         if pass == 0 {
             return;
         }

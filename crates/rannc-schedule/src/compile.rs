@@ -3,7 +3,7 @@
 use crate::check::check_valid;
 use crate::depend::Resources;
 use crate::generate::generate;
-use crate::lower::lower;
+use crate::lower::{lower, program};
 use crate::pipeline::Beside;
 use crate::route::transfers;
 use crate::rows::Layout;
@@ -21,24 +21,10 @@ pub fn compile(
     let resources = Resources::new(pipeline, layout.microbatches())?;
     let transfers = transfers(pipeline, &layout, mode);
     let order = generate(schedule, pipeline, &layout, mode);
-    let program = lower(pipeline, &resources, &transfers, &order, Beside::None)?;
+    let script = lower(pipeline, &resources, &transfers, &order, Beside::None)?;
+    let program = program(pipeline, &transfers, &script);
     check_valid(&program, pipeline, &layout, &resources, mode)?;
     Ok(program)
-}
-
-/// The same for what is known to be valid, without a check of the result.
-pub(crate) fn write(
-    pipeline: &Pipeline,
-    batch: &Batch,
-    schedule: ScheduleKind,
-    mode: Mode,
-    beside: Beside,
-) -> Result<Program, ScheduleError> {
-    let layout = Layout::new(pipeline, batch);
-    let resources = Resources::new(pipeline, layout.microbatches())?;
-    let transfers = transfers(pipeline, &layout, mode);
-    let order = generate(schedule, pipeline, &layout, mode);
-    lower(pipeline, &resources, &transfers, &order, beside)
 }
 
 /// Whether there can be a program.

@@ -300,7 +300,7 @@ impl<'a> Resources<'a> {
         })?;
         let StageResources { ports, gradients } = &self.stages[stage.index()];
         let first = ports.first + assembly * (ports.num_slots() + 1);
-        Ok(Work { pass, stage, rows, first, gradients: gradients + replica })
+        Ok(Work { pass, stage, microbatch, rows, first, gradients: gradients + replica })
     }
 
     /// The resource of a slot, or why there is none.

@@ -4,12 +4,17 @@
 //! those who compare many pipelines: nothing is checked, no events are kept, and what several copies of the
 //! pipeline do alike is simulated once ([`fold`](crate::fold())).
 
-use crate::compile::{validate, write};
+use crate::compile::validate;
+use crate::depend::Resources;
 use crate::fold::fold;
+use crate::generate::generate;
+use crate::lower::{lower, program};
 use crate::pipeline::Beside;
-use crate::{
-    Batch, Memory, Mode, Pipeline, RankTimeline, ScheduleError, ScheduleKind, Timing, simulate,
-};
+use crate::render;
+use crate::route::transfers;
+use crate::rows::Layout;
+use crate::simulate::Stage;
+use crate::{Batch, Memory, Mode, Pipeline, RankTimeline, ScheduleError, ScheduleKind, Timing};
 
 /// What a simulation says in short.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,8 +62,16 @@ impl Step<'_> {
     fn play(&self, timing: &dyn Timing, memory: &dyn Memory) -> Result<Estimate, ScheduleError> {
         let &Self { pipeline, batch, schedule, mode, beside } = self;
         validate(pipeline, batch, schedule, mode)?;
-        let program = write(pipeline, batch, schedule, mode, beside)?;
-        let timeline = simulate(&program, pipeline, timing, memory)?;
+        let layout = Layout::new(pipeline, batch);
+        let resources = Resources::new(pipeline, layout.microbatches())?;
+        let transfers = transfers(pipeline, &layout, mode);
+        let order = generate(schedule, pipeline, &layout, mode);
+        let script = lower(pipeline, &resources, &transfers, &order, beside)?;
+        let stage = Stage { pipeline, resources: &resources, timing, memory };
+        let timeline = stage.play(&script, None).map_err(|(pass, at)| {
+            let program = program(pipeline, &transfers, &script);
+            render::rejected(&program, pass, &at.fault("it waits for ever"))
+        })?;
         Ok(Estimate { makespan_ns: timeline.makespan_ns, ranks: timeline.ranks })
     }
 }

@@ -19,34 +19,79 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 use crate::depend::{Access, Ledger, Resource, Resources};
 use crate::generate::{Order, Seeded};
 use crate::pipeline::Beside;
-use crate::route::Transfer;
+use crate::route::{End, Transfer};
+use crate::script::{Move, Op, Script, Work, number};
 use crate::{Action, Pass, Pipeline, Place, Program, RankId, ScheduleError};
 
-/// Writes the lists of all ranks.
+/// Writes the lists of all ranks; the moves of the script are the transfers.
 pub(crate) fn lower(
     pipeline: &Pipeline,
     resources: &Resources<'_>,
     transfers: &[Transfer],
     order: &Order,
     beside: Beside,
-) -> Result<Program, ScheduleError> {
+) -> Result<Script, ScheduleError> {
     let mut lowering = Lowering::new(pipeline, resources, transfers, order, beside);
     let (first, second): (&[Pass], &[Pass]) = match order.seeded {
         Seeded::ByCaller => (&[Pass::Forward], &[Pass::Backward]),
         Seeded::AtOnce => (&[Pass::Forward, Pass::Backward], &[]),
     };
-    let mut forward = lowering.pass(&order.forward, first)?;
+    lowering.pass(0, first)?;
     for flow in pipeline.reduced_outputs(beside) {
-        for list in &mut forward {
-            list.push(Action::ReduceOutput { value: flow.value });
+        let index = resources.flow(flow.value).expect("the resources are this pipeline's");
+        for list in &mut lowering.script.passes[0] {
+            list.push(Op::ReduceOutput(number(index)));
         }
     }
-    let backward = lowering.pass(&order.backward, second)?;
-    Ok(Program { forward, backward })
+    lowering.pass(1, second)?;
+    Ok(lowering.script)
+}
+
+/// Writes out the actions of a script that [`lower`] wrote for these transfers.
+pub(crate) fn program(pipeline: &Pipeline, transfers: &[Transfer], script: &Script) -> Program {
+    let action = |op: &Op| match *op {
+        Op::Work(index) => {
+            let Work { pass, stage, microbatch, rows, .. } = script.works[index as usize];
+            match pass {
+                Pass::Forward => Action::Forward { stage, microbatch, rows },
+                Pass::Backward => Action::Backward { stage, microbatch, rows },
+            }
+        }
+        Op::Send(index) => {
+            let (Transfer { from, to, .. }, release) = piece(transfers, script, index);
+            Action::Send { slot: from.slot, rows: from.rows, peer: to.rank, release }
+        }
+        Op::Recv(index) => {
+            let (&Transfer { from, to, total }, _) = piece(transfers, script, index);
+            Action::Recv { slot: to.slot, rows: to.rows, total, peer: from.rank }
+        }
+        Op::Copy(index) => {
+            let (&Transfer { from, to, total }, release) = piece(transfers, script, index);
+            let (from_rows, to_rows) = (from.rows, to.rows);
+            Action::Copy { from: from.slot, from_rows, to: to.slot, to_rows, total, release }
+        }
+        Op::ReduceGradients(group) => {
+            Action::ReduceGradients { group: pipeline.gradient_groups[group as usize].id }
+        }
+        Op::ReduceOutput(flow) => {
+            Action::ReduceOutput { value: pipeline.flows[flow as usize].value }
+        }
+    };
+    let lists = |lists: &[Vec<Op>]| -> Vec<Vec<Action>> {
+        lists.iter().map(|list| list.iter().map(action).collect()).collect()
+    };
+    let [forward, backward] = &script.passes;
+    Program { forward: lists(forward), backward: lists(backward) }
+}
+
+/// A transfer, and whether it is the last out of its slot.
+fn piece<'a>(transfers: &'a [Transfer], script: &Script, index: u32) -> (&'a Transfer, bool) {
+    (&transfers[index as usize], script.moves[index as usize].release)
 }
 
 /// Lists of transfers, or of other things, by resource.
@@ -85,8 +130,11 @@ struct Lowering<'a> {
     pipeline: &'a Pipeline,
     resources: &'a Resources<'a>,
     transfers: &'a [Transfer],
-    /// Both ends of each transfer.
-    ends: Vec<(Resource, Resource)>,
+    script: Script,
+    /// The pass that is written.
+    pass: usize,
+    /// By pass and rank, its work in order.
+    work: [Vec<Range<u32>>; 2],
     ledger: Ledger,
     /// Transfers out of slots that work fills, by that slot.
     pushed: Index,
@@ -100,13 +148,11 @@ struct Lowering<'a> {
     incomplete: Vec<u32>,
     /// Groups that can be reduced now.
     complete: Vec<u32>,
-    lists: Vec<Vec<Action>>,
 }
 
-/// The work of one rank in one pass.
-struct Worker<'a> {
-    work: &'a [Action],
-    next: usize,
+/// The work of one rank that is still to be done in a pass.
+struct Worker {
+    work: Range<u32>,
     busy: bool,
 }
 
@@ -119,16 +165,25 @@ impl<'a> Lowering<'a> {
         beside: Beside,
     ) -> Self {
         let mut ledger = Ledger::new(resources);
-        let (mut pushed, mut pulled, mut direct, mut ends) = (vec![], vec![], vec![], vec![]);
+        let (mut pushed, mut pulled, mut direct, mut moves) = (vec![], vec![], vec![], vec![]);
         for (transfer, index) in transfers.iter().zip(0..) {
-            let slot = |end: &crate::route::End| {
+            let slot = |end: &End| {
                 let slot = resources.slot(end.rank, &end.slot);
                 slot.expect("routes lead between holders of the value")
             };
             let (from, to) = (slot(&transfer.from), slot(&transfer.to));
             ledger.expect(from, Access::Read);
             ledger.expect(to, Access::Write);
-            ends.push((from, to));
+            let Transfer { from: End { rank: sender, .. }, to: target, total } = transfer;
+            moves.push(Move {
+                from: sender.0,
+                to: target.rank.0,
+                source: from,
+                target: to,
+                bytes: resources.bytes(target.slot.value, target.rows, *total),
+                release: false,
+                to_stage: matches!(target.slot.place, Place::Stage(_)),
+            });
             match (transfer.from.slot.place, transfer.to.slot.place) {
                 (Place::Stage(_), _) => pushed.push((from, index)),
                 (_, Place::Stage(_)) => pulled.push((to, index)),
@@ -139,7 +194,9 @@ impl<'a> Lowering<'a> {
             pipeline,
             resources,
             transfers,
-            ends,
+            script: Script { moves, ..Script::default() },
+            pass: 0,
+            work: [Vec::new(), Vec::new()],
             ledger,
             pushed: Index::new(resources.count(), &pushed),
             pulled: Index::new(resources.count(), &pulled),
@@ -147,7 +204,6 @@ impl<'a> Lowering<'a> {
             groups: Index::new(resources.count(), &[]),
             incomplete: vec![0; pipeline.gradient_groups.len()],
             complete: Vec::new(),
-            lists: Vec::new(),
         };
         lowering.expect_work(order);
         lowering.expect_reductions(beside);
@@ -155,13 +211,18 @@ impl<'a> Lowering<'a> {
     }
 
     fn expect_work(&mut self, order: &Order) {
-        for lists in [&order.forward, &order.backward] {
+        for (pass, lists) in [&order.forward, &order.backward].into_iter().enumerate() {
             for (index, list) in lists.iter().enumerate() {
+                let first = number(self.script.works.len());
                 for action in list {
-                    touch(self.resources, RankId::new(index), action, |resource, access| {
+                    let work = self.resources.work(RankId::new(index), action);
+                    let work = work.expect("generators order work of this pipeline only");
+                    self.resources.touch_work(&work, |resource, access| {
                         self.ledger.expect(resource, access);
                     });
+                    self.script.works.push(work);
                 }
+                self.work[pass].push(first..number(self.script.works.len()));
             }
         }
     }
@@ -169,10 +230,9 @@ impl<'a> Lowering<'a> {
     fn expect_reductions(&mut self, beside: Beside) {
         let mut pairs = Vec::new();
         for (group, index) in self.pipeline.gradient_groups.iter().zip(0..) {
-            let action = Action::ReduceGradients { group: group.id };
             let ranks = group.ranks.iter().filter(|_| self.pipeline.reduces(group, beside));
             for &rank in ranks {
-                touch(self.resources, rank, &action, |resource, _| {
+                self.resources.touch_gradients(rank, index as usize, |resource, _| {
                     if !self.ledger.complete(resource) {
                         pairs.push((resource, index));
                         self.incomplete[index as usize] += 1;
@@ -184,14 +244,12 @@ impl<'a> Lowering<'a> {
     }
 
     /// Plays the work of one pass; slots that are full from the start are of these `passes`.
-    fn pass(
-        &mut self,
-        work: &[Vec<Action>],
-        passes: &[Pass],
-    ) -> Result<Vec<Vec<Action>>, ScheduleError> {
-        self.lists = vec![Vec::new(); self.pipeline.world_size as usize];
-        let worker = |work| Worker { work, next: 0, busy: false };
-        let mut workers: Vec<Worker<'_>> = work.iter().map(|work| worker(work)).collect();
+    fn pass(&mut self, pass: usize, passes: &[Pass]) -> Result<(), ScheduleError> {
+        self.pass = pass;
+        self.script.passes[pass] = vec![Vec::new(); self.pipeline.world_size as usize];
+        let work = std::mem::take(&mut self.work[pass]);
+        let mut workers: Vec<Worker> =
+            work.into_iter().map(|work| Worker { work, busy: false }).collect();
         let mut woken = Vec::new();
         for index in std::mem::take(&mut self.direct) {
             if passes.contains(&self.transfers[index as usize].from.slot.pass) {
@@ -200,14 +258,13 @@ impl<'a> Lowering<'a> {
                 self.direct.push(index);
             }
         }
-        for (worker, rank) in workers.iter().zip(0..) {
-            self.fetch(rank, worker.work.first(), &mut woken);
+        for worker in &workers {
+            self.fetch(worker.work.clone().next(), &mut woken);
         }
-        self.play(&mut workers)?;
-        Ok(std::mem::take(&mut self.lists))
+        self.play(&mut workers)
     }
 
-    fn play(&mut self, workers: &mut [Worker<'_>]) -> Result<(), ScheduleError> {
+    fn play(&mut self, workers: &mut [Worker]) -> Result<(), ScheduleError> {
         let mut queue = BinaryHeap::new();
         let mut woken: Vec<u32> = (0..self.pipeline.world_size).collect();
         let mut now = 0u64;
@@ -217,7 +274,7 @@ impl<'a> Lowering<'a> {
             let mut next_woken = Vec::new();
             for rank in std::mem::take(&mut woken) {
                 let worker = &mut workers[rank as usize];
-                if let Some(end) = self.start(rank, worker, now, &mut next_woken) {
+                if let Some(end) = self.start(worker, now, &mut next_woken) {
                     queue.push(Reverse((end, rank)));
                 }
             }
@@ -235,125 +292,110 @@ impl<'a> Lowering<'a> {
             }
             self.reduce();
         }
-        let stuck = workers.iter().zip(0..).find(|(worker, _)| worker.next < worker.work.len());
+        let stuck = workers.iter().zip(0..).find(|(worker, _)| !worker.work.is_empty());
         stuck.map_or(Ok(()), |(worker, rank)| Err(self.stuck(worker, rank)))
     }
 
     /// Starts the next work of a rank if it can, and returns when it ends.
-    fn start(
-        &mut self,
-        rank: u32,
-        worker: &mut Worker<'_>,
-        now: u64,
-        woken: &mut Vec<u32>,
-    ) -> Option<u64> {
-        let action = worker.work.get(worker.next)?;
-        let mut allowed = !worker.busy;
-        touch(self.resources, RankId(rank), action, |resource, access| {
+    fn start(&mut self, worker: &mut Worker, now: u64, woken: &mut Vec<u32>) -> Option<u64> {
+        if worker.busy || worker.work.is_empty() {
+            return None;
+        }
+        let work = self.script.works[worker.work.start as usize];
+        let mut allowed = true;
+        self.resources.touch_work(&work, |resource, access| {
             allowed &= self.ledger.allows(resource, access);
         });
         if !allowed {
             return None;
         }
         worker.busy = true;
-        self.fetch(rank, worker.work.get(worker.next + 1), woken);
-        Some(now + if matches!(action, Action::Forward { .. }) { 1 } else { 2 })
+        self.fetch(worker.work.clone().nth(1), woken);
+        Some(now + if work.pass == Pass::Forward { 1 } else { 2 })
     }
 
-    /// Moves what is there from the start and `work` needs.
-    fn fetch(&mut self, rank: u32, work: Option<&Action>, woken: &mut Vec<u32>) {
+    /// Moves what is there from the start and a work needs.
+    fn fetch(&mut self, work: Option<u32>, woken: &mut Vec<u32>) {
         let Some(work) = work else { return };
-        let mut taken = Vec::new();
-        touch(self.resources, RankId(rank), work, |resource, access| {
+        let (resources, work) = (self.resources, self.script.works[work as usize]);
+        resources.touch_work(&work, |resource, access| {
             if access == Access::Take {
-                taken.push(resource);
+                for position in self.pulled.range(resource) {
+                    self.transfer(self.pulled.items[position], woken);
+                }
             }
         });
-        for resource in taken {
-            for position in self.pulled.range(resource) {
-                self.transfer(self.pulled.items[position], woken);
-            }
-        }
     }
 
     /// Ends the work of a rank and sends on what it made.
-    fn finish(&mut self, rank: u32, worker: &mut Worker<'_>, woken: &mut Vec<u32>) {
-        let action = worker.work[worker.next];
+    fn finish(&mut self, rank: u32, worker: &mut Worker, woken: &mut Vec<u32>) {
+        let index = worker.work.next().expect("a rank that is busy has work");
         worker.busy = false;
-        worker.next += 1;
-        self.lists[rank as usize].push(action);
-        let mut made = Vec::new();
-        touch(self.resources, RankId(rank), &action, |resource, access| {
-            self.ledger.settle(resource, access);
+        self.push(rank, Op::Work(index));
+        let (resources, work) = (self.resources, self.script.works[index as usize]);
+        resources.touch_work(&work, |resource, access| self.ledger.settle(resource, access));
+        resources.touch_work(&work, |resource, access| {
             if access == Access::Write {
-                made.push(resource);
+                self.made(resource, woken);
             }
         });
-        for resource in made {
-            for position in self.pushed.range(resource) {
-                self.transfer(self.pushed.items[position], woken);
-            }
-            if self.ledger.complete(resource) {
-                for position in self.groups.range(resource) {
-                    let index = self.groups.items[position];
-                    self.incomplete[index as usize] -= 1;
-                    if self.incomplete[index as usize] == 0 {
-                        self.complete.push(index);
-                    }
+        woken.push(rank);
+    }
+
+    /// Sends on what is complete.
+    fn made(&mut self, resource: Resource, woken: &mut Vec<u32>) {
+        for position in self.pushed.range(resource) {
+            self.transfer(self.pushed.items[position], woken);
+        }
+        if self.ledger.complete(resource) {
+            for position in self.groups.range(resource) {
+                let index = self.groups.items[position];
+                self.incomplete[index as usize] -= 1;
+                if self.incomplete[index as usize] == 0 {
+                    self.complete.push(index);
                 }
             }
         }
-        woken.push(rank);
+    }
+
+    fn push(&mut self, rank: u32, op: Op) {
+        self.script.passes[self.pass][rank as usize].push(op);
     }
 
     /// Reduces the groups whose last gradients are there.
     fn reduce(&mut self) {
         self.complete.sort_unstable();
-        for index in self.complete.drain(..) {
-            let group = &self.pipeline.gradient_groups[index as usize];
-            for rank in &group.ranks {
-                self.lists[rank.index()].push(Action::ReduceGradients { group: group.id });
+        for index in std::mem::take(&mut self.complete) {
+            for rank in &self.pipeline.gradient_groups[index as usize].ranks {
+                self.push(rank.0, Op::ReduceGradients(index));
             }
         }
     }
 
     /// Writes a transfer into the lists of its ranks.
     fn transfer(&mut self, index: u32, woken: &mut Vec<u32>) {
-        let Transfer { from, to, total } = self.transfers[index as usize];
-        let (source, target) = self.ends[index as usize];
-        self.ledger.settle(source, Access::Read);
-        self.ledger.settle(target, Access::Write);
-        let release = self.ledger.is_read(source);
-        if from.rank == to.rank {
-            let (from_rows, to_rows, rank) = (from.rows, to.rows, from.rank);
-            let (from, to) = (from.slot, to.slot);
-            let copy = Action::Copy { from, from_rows, to, to_rows, total, release };
-            self.lists[rank.index()].push(copy);
-        } else {
-            let (slot, rows, peer) = (from.slot, from.rows, to.rank);
-            self.lists[from.rank.index()].push(Action::Send { slot, rows, peer, release });
-            let (slot, rows, peer) = (to.slot, to.rows, from.rank);
-            self.lists[to.rank.index()].push(Action::Recv { slot, rows, total, peer });
+        let piece = &mut self.script.moves[index as usize];
+        self.ledger.settle(piece.source, Access::Read);
+        self.ledger.settle(piece.target, Access::Write);
+        piece.release = self.ledger.is_read(piece.source);
+        let (from, to) = (piece.from, piece.to);
+        if self.ledger.complete(piece.target) {
+            woken.push(to);
         }
-        if self.ledger.complete(target) {
-            woken.push(to.rank.0);
+        if from == to {
+            self.push(from, Op::Copy(index));
+        } else {
+            self.push(from, Op::Send(index));
+            self.push(to, Op::Recv(index));
         }
     }
 
     /// The generator's order blocks itself.
-    fn stuck(&self, worker: &Worker<'_>, rank: u32) -> ScheduleError {
+    fn stuck(&self, worker: &Worker, rank: u32) -> ScheduleError {
+        let program = program(self.pipeline, self.transfers, &self.script);
+        let Work { pass, stage, microbatch, .. } = self.script.works[worker.work.start as usize];
         let problem =
-            format!("rank {rank} never gets what it needs for `{}`", worker.work[worker.next]);
-        let program = Program { forward: self.lists.clone(), backward: Vec::new() };
+            format!("rank {rank} never gets what it needs for `{stage}{pass}{microbatch}`");
         ScheduleError::Incomplete { problem, grid: crate::render::listing(&program) }
     }
-}
-
-fn touch(
-    resources: &Resources<'_>,
-    rank: RankId,
-    action: &Action,
-    visit: impl FnMut(Resource, Access),
-) {
-    resources.touch(rank, action, visit).expect("generators order work of this pipeline only");
 }

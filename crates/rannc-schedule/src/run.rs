@@ -128,6 +128,7 @@ pub(crate) struct Run<'a> {
     resources: &'a Resources<'a>,
     pipeline: &'a Pipeline,
     script: &'a Script,
+    lists: &'a [Vec<Op>],
     steps: Vec<u32>,
     /// Per move, whether one end has run.
     half_done: Vec<bool>,
@@ -149,21 +150,24 @@ pub(crate) enum Progress {
 }
 
 impl<'a> Run<'a> {
-    /// Every rank at the start of its list.
+    /// Every rank at the start of its list of one pass.
     pub(crate) fn new(
         resources: &'a Resources<'a>,
         pipeline: &'a Pipeline,
         script: &'a Script,
+        pass: usize,
     ) -> Self {
+        let lists = &script.passes[pass];
         let num_reductions = pipeline.gradient_groups.len() + pipeline.flows.len();
         Self {
             resources,
             pipeline,
             script,
-            steps: vec![0; script.lists.len()],
+            lists,
+            steps: vec![0; lists.len()],
             half_done: vec![false; script.moves.len()],
             arrived: vec![Vec::new(); num_reductions],
-            waits: vec![false; script.lists.len()],
+            waits: vec![false; lists.len()],
         }
     }
 
@@ -174,7 +178,7 @@ impl<'a> Run<'a> {
 
     /// Where a rank waits for ever, once no rank can go on.
     pub(crate) fn stuck(&self) -> Option<At> {
-        let ranks = self.script.lists.iter().zip(0..);
+        let ranks = self.lists.iter().zip(0..);
         let mut positions = ranks.map(|(list, rank)| (list.len(), self.position(rank)));
         positions.find(|(end, at)| (at.step as usize) < *end).map(|(_, at)| at)
     }
@@ -188,7 +192,7 @@ impl<'a> Run<'a> {
         woken: &mut Vec<u32>,
     ) -> Progress {
         let at = self.position(rank);
-        let Some(&op) = self.script.lists[rank as usize].get(at.step as usize) else {
+        let Some(&op) = self.lists[rank as usize].get(at.step as usize) else {
             return Progress::Finished;
         };
         let mut allowed = true;

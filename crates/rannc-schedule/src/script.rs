@@ -28,6 +28,8 @@ pub(crate) struct Work {
     pub(crate) pass: Pass,
     /// The stage.
     pub(crate) stage: StageId,
+    /// The microbatch.
+    pub(crate) microbatch: u32,
     /// How many rows.
     pub(crate) rows: u64,
     /// The first resource of the microbatch on the replica.
@@ -55,25 +57,27 @@ pub(crate) struct Move {
     pub(crate) to_stage: bool,
 }
 
-/// The lists of one pass.
+/// The lists of both passes.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
-    /// By rank.
-    pub(crate) lists: Vec<Vec<Op>>,
+    /// By pass and rank.
+    pub(crate) passes: [Vec<Vec<Op>>; 2],
     /// All work.
     pub(crate) works: Vec<Work>,
-    /// All that moves, first between ranks.
+    /// All that moves.
     pub(crate) moves: Vec<Move>,
 }
 
 impl Script {
-    /// Looks up all actions of one pass; `matching` is theirs.
-    pub(crate) fn new(
+    /// Looks up all actions of the next pass; `matching` is theirs.
+    pub(crate) fn add(
+        &mut self,
+        pass: usize,
         lists: &[Vec<Action>],
         matching: &Matching,
         resources: &Resources<'_>,
-    ) -> Result<Self, Fault> {
-        let mut script = Self { lists: Vec::with_capacity(lists.len()), ..Self::default() };
+    ) -> Result<(), Fault> {
+        let before = number(self.moves.len());
         for &(send, receive) in &matching.pairs {
             let (
                 Action::Send { slot: source, release, .. },
@@ -83,7 +87,7 @@ impl Script {
                 unreachable!("a pair is a send and a receive");
             };
             let end = |rank: u32, slot: &Slot| resources.known_slot(RankId(rank), slot);
-            script.moves.push(Move {
+            self.moves.push(Move {
                 from: send.rank,
                 to: receive.rank,
                 source: end(send.rank, source).map_err(|problem| send.fault(problem))?,
@@ -93,18 +97,18 @@ impl Script {
                 to_stage: matches!(target.place, Place::Stage(_)),
             });
         }
-        script.lists.extend(lists.iter().map(|list| Vec::with_capacity(list.len())));
+        self.passes[pass] = lists.iter().map(|list| Vec::with_capacity(list.len())).collect();
         for (at, action) in positions(lists) {
             let op = match action {
-                Action::Send { .. } => Op::Send(matching.number(at)),
-                Action::Recv { .. } => Op::Recv(matching.number(at)),
-                _ => script
+                Action::Send { .. } => Op::Send(before + matching.number(at)),
+                Action::Recv { .. } => Op::Recv(before + matching.number(at)),
+                _ => self
                     .op(RankId(at.rank), action, resources)
                     .map_err(|problem| at.fault(problem))?,
             };
-            script.lists[at.rank as usize].push(op);
+            self.passes[pass][at.rank as usize].push(op);
         }
-        Ok(script)
+        Ok(())
     }
 
     /// Looks up an action that is no transfer between ranks.
@@ -174,15 +178,17 @@ impl Script {
         }
     }
 
-    /// Calls `visit` with everything that will happen in this pass.
+    /// Calls `visit` with everything that will happen.
     pub(crate) fn expect(
         &self,
         resources: &Resources<'_>,
         mut visit: impl FnMut(Resource, Access),
     ) {
-        for (list, rank) in self.lists.iter().zip(0..) {
-            for &op in list {
-                self.touch(rank, op, resources, &mut visit);
+        for lists in &self.passes {
+            for (list, rank) in lists.iter().zip(0..) {
+                for &op in list {
+                    self.touch(rank, op, resources, &mut visit);
+                }
             }
         }
     }
@@ -193,6 +199,7 @@ pub(crate) fn rows_of(rows: Option<RowRange>, total: u64) -> u64 {
     rows.map_or(total, RowRange::len)
 }
 
-fn number(index: usize) -> u32 {
+/// A position in a table of a script.
+pub(crate) fn number(index: usize) -> u32 {
     u32::try_from(index).expect("a step has fewer than 2^32 actions")
 }

@@ -22,7 +22,7 @@ use crate::depend::{Ledger, Resources};
 use crate::render;
 use crate::run::{At, Matching, Progress, Run};
 use crate::script::Script;
-use crate::{Action, GradientGroup, Pass, Pipeline, Program, RankId, ScheduleError, StageId};
+use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, StageId};
 
 /// How long things take, in nanoseconds.
 pub trait Timing {
@@ -93,16 +93,15 @@ pub fn simulate(
     pipeline.validate()?;
     refuse_other_ranks(program, pipeline)?;
     let resources = Resources::new(pipeline, num_microbatches(program))?;
-    let script = |pass: usize| {
-        let lists = program.passes()[pass].1;
-        let script =
-            Matching::new(lists).and_then(|matching| Script::new(lists, &matching, &resources));
-        script.map_err(|fault| render::rejected(program, pass, &fault))
-    };
-    let scripts = [script(0)?, script(1)?];
+    let mut script = Script::default();
+    for (pass, (_, lists)) in program.passes().iter().enumerate() {
+        Matching::new(lists)
+            .and_then(|matching| script.add(pass, lists, &matching, &resources))
+            .map_err(|fault| render::rejected(program, pass, &fault))?;
+    }
     let stage = Stage { pipeline, resources: &resources, timing, memory };
     stage
-        .play(&scripts, Some(program))
+        .play(&script, Some(program))
         .map_err(|(pass, at)| render::rejected(program, pass, &at.fault("it waits for ever")))
 }
 
@@ -122,21 +121,16 @@ impl Stage<'_> {
     /// Plays both passes; keeps events if it gets the program. Fails where a rank waits for ever.
     pub(crate) fn play(
         &self,
-        scripts: &[Script; 2],
+        script: &Script,
         program: Option<&Program>,
     ) -> Result<Timeline, (usize, At)> {
         let &Self { pipeline, resources, timing, memory } = self;
         let mut ledger = Ledger::new(resources);
-        for script in scripts {
-            script.expect(resources, |resource, access| ledger.expect(resource, access));
-        }
-        let backward =
-            |script: &Script| script.works.iter().any(|work| work.pass == Pass::Backward);
-        let training = scripts.iter().any(backward);
-        let mut clock = Clock::new(pipeline, resources, timing, memory, (&scripts[0], training));
-        for (pass, script) in scripts.iter().enumerate() {
-            clock.begin(pass, script, program.map(|program| program.passes()[pass].1));
-            let mut run = Run::new(resources, pipeline, script);
+        script.expect(resources, |resource, access| ledger.expect(resource, access));
+        let mut clock = Clock::new(pipeline, resources, timing, memory, script);
+        for pass in 0..script.passes.len() {
+            clock.begin(pass, program.map(|program| program.passes()[pass].1));
+            let mut run = Run::new(resources, pipeline, script, pass);
             play(&mut run, &mut ledger, &mut clock, pipeline.world_size);
             if let Some(at) = run.stuck() {
                 return Err((pass, at));

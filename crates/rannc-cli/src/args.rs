@@ -99,7 +99,7 @@ pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) cluster: ClusterArgs,
     /// Rows of the global batch.
-    #[arg(long, value_parser = value_parser!(u64).range(1..))]
+    #[arg(long, value_parser = value_parser!(u64).range(1..=1 << 40))]
     pub(crate) batch: u64,
     /// Where to write the deployment; by default it is only shown.
     #[arg(long, short)]

@@ -41,6 +41,16 @@ pub enum GraphError {
         /// The name of the value.
         value: String,
     },
+    /// An operator writes to, or shares the memory of, a value that it does not read.
+    #[error("node `{node}` has value `{value}` in `{field}`, but not in `inputs`")]
+    NotRead {
+        /// The key of the node.
+        node: String,
+        /// The name of the value.
+        value: String,
+        /// `mutates` or `aliases`.
+        field: &'static str,
+    },
     /// Two operators produce one value, or an operator produces an input or a parameter.
     #[error("value `{value}` is produced by node `{node}`, but it already has a source")]
     ProducedTwice {

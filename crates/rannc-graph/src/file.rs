@@ -145,7 +145,16 @@ pub(crate) fn validate(
             return Err(GraphError::DuplicateKey { key: node.key.clone() });
         }
         let place = format!("node `{}`", node.key);
-        for &id in node.inputs.iter().chain(&node.mutates).chain(&node.aliases) {
+        for (field, ids) in [("mutates", &node.mutates), ("aliases", &node.aliases)] {
+            for &id in ids {
+                exists(id, &place)?;
+                if !node.inputs.contains(&id) {
+                    let (node, value) = (node.key.clone(), values[id.index()].name.clone());
+                    return Err(GraphError::NotRead { node, value, field });
+                }
+            }
+        }
+        for &id in &node.inputs {
             exists(id, &place)?;
             if !available[id.index()] {
                 let value = values[id.index()].name.clone();

@@ -169,6 +169,7 @@ mod tests {
             refused("\"world_size\": 2", "\"world_size\": 4000000000"),
             refused("\"microbatches\": 2", "\"microbatches\": 0"),
             refused("\"microbatches\": 2", "\"microbatches\": 18446744073709551615"),
+            refused("\"batch_size\": 8", "\"batch_size\": 18446744073709551615"),
             refused("[0, 1]", "[]"),
             refused("[0, 1]", "[1, 0]"),
             refused("[0, 1]", "[0, 2]"),
@@ -182,6 +183,7 @@ mod tests {
         the deployment is not valid: it has 4000000000 processes, needed 1 to 65536
         the deployment is not valid: it has 0 microbatches, needed 1 to 4096
         the deployment is not valid: it has 18446744073709551615 microbatches, needed 1 to 4096
+        the deployment is not valid: it has 18446744073709551615 rows, needed 1 to 1099511627776
         the deployment is not valid: stage 0 has no ranks, needed at least one
         the deployment is not valid: stage 0 has rank 1 before rank 0, needed ascending
         the deployment is not valid: stage 0 has rank 2, needed 0 to 1

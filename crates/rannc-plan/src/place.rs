@@ -16,8 +16,8 @@ use crate::{Plan, PlanError, PlanStage};
 const MAX_STAGES: u64 = 1 << 14;
 /// More microbatches than this in a step are surely a mistake; no schedule takes more.
 const MAX_MICROBATCHES: u64 = 1 << 12;
-/// A larger share than this is surely a mistake; no batch has as many rows.
-const MAX_SHARE: u64 = 1 << 40;
+/// More rows than this in a batch are surely a mistake, so are larger shares of them.
+const MAX_ROWS: u64 = 1 << 40;
 
 /// One stage of a [`Placement`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,6 +176,7 @@ impl Plan {
         let limits = [
             ("stages", self.stages.len() as u64, MAX_STAGES),
             ("processes", self.world_size.into(), Cluster::MAX_DEVICES.into()),
+            ("rows", self.batch_size, MAX_ROWS),
             ("microbatches", self.microbatches, MAX_MICROBATCHES),
         ];
         for (what, found, limit) in limits {
@@ -224,8 +225,8 @@ impl Plan {
             let (shares, ranks) = (shares.len(), ranks.len());
             return Some(format!("has {shares} shares for {ranks} ranks, needed one for each"));
         }
-        let share = shares.iter().find(|share| !(1..=MAX_SHARE).contains(*share))?;
-        Some(format!("has a share of {share}, needed 1 to {MAX_SHARE}"))
+        let share = shares.iter().find(|share| !(1..=MAX_ROWS).contains(*share))?;
+        Some(format!("has a share of {share}, needed 1 to {MAX_ROWS}"))
     }
 }
 

@@ -32,6 +32,7 @@ fn graphs_name_the_place() {
         graph_with("\"rows\":8", "\"rows\":18446744073709551615"),
         graph_with("\"outer\":1", "\"outer\":2"),
         graph_with("layer1.weight", "layer0.weight"),
+        graph_with("\"outputs\":[2]", "\"outputs\":[2],\"mutates\":[3]"),
         "{\"format\": \"rannc.graph/1\"".to_owned(),
         String::new(),
         format!("{{\"deep\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000)),
@@ -54,6 +55,7 @@ fn graphs_name_the_place() {
     `batch`: it has 18446744073709551615 rows, needed at most 1099511627776
     value `x`: rows are said to lie in dimension 0 with 2 x rows x 1 entries, but its sizes are [[1,0],8]
     value `layer0.weight`: its name is used for another part of the model's state
+    node `layer0/op#0` has value `layer1.weight` in `mutates`, but not in `inputs`
     the graph file is not valid: EOF while parsing an object at line 1 column 26
     the graph file is not valid: EOF while parsing a value at line 1 column 0
     the graph file is not valid: missing field `format` at line 1 column 200011

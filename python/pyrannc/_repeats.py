@@ -27,6 +27,8 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils import _pytree as pytree
 
+from ._progress import progress
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
@@ -99,11 +101,17 @@ def traced_once(*, views: bool) -> Iterator[Repeats]:
         yield repeats
         return
     original = proxies.proxy_call
-    setattr(proxies, "proxy_call", tracer.call)  # noqa: B010
-    try:
-        yield repeats
-    finally:
-        setattr(proxies, "proxy_call", original)  # noqa: B010
+    with progress("capturing", "operators") as bar:
+
+        def call(*args: Any) -> Any:
+            bar.update()
+            return tracer.call(*args)
+
+        setattr(proxies, "proxy_call", call)  # noqa: B010
+        try:
+            yield repeats
+        finally:
+            setattr(proxies, "proxy_call", original)  # noqa: B010
 
 
 class _Tracer:

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from pyrannc import _cache, cluster
+from pyrannc._progress import progress
 from pyrannc._stopwatch import Stopwatch, Times
 from pyrannc.comm import Launch
 
@@ -153,23 +154,32 @@ class _Profiler:
         """Measures all signatures at the wanted rows, and returns the calibration."""
         stopwatch = Stopwatch(self.captured, self.description, self.device)
         deadline = time.monotonic() + self.time_limit_s
-        for node in self._distinct_nodes():
-            for rows in wanted:
-                if rows in self.known.times.get(node["signature"], {}):
-                    continue
-                times = None
-                if time.monotonic() < deadline:
-                    times = stopwatch.measure([node], rows)
-                if times is None:
-                    break
-                self.known.add(node["signature"], rows, times)
-            if not self.known.samples(node["signature"], wanted):
-                self.estimates[node["signature"]] = self._estimate(node, wanted[-1])
+        distinct = self._distinct_nodes()
+        with progress("measuring", "operators", len(distinct)) as bar:
+            for node in distinct:
+                self._measure(stopwatch, node, wanted, deadline)
+                bar.update()
         name = f"{fingerprint} at {wanted[-1]} rows"
         if name not in self.known.calibrations:
             self.known.calibrations[name] = self._calibrate(stopwatch, wanted)
             self.known.fresh = True
         return self.known.calibrations[name]
+
+    def _measure(
+        self, stopwatch: Stopwatch, node: dict[str, Any], wanted: list[int], deadline: float
+    ) -> None:
+        """Measures one operator at the wanted rows, or estimates it."""
+        for rows in wanted:
+            if rows in self.known.times.get(node["signature"], {}):
+                continue
+            times = None
+            if time.monotonic() < deadline:
+                times = stopwatch.measure([node], rows)
+            if times is None:
+                break
+            self.known.add(node["signature"], rows, times)
+        if not self.known.samples(node["signature"], wanted):
+            self.estimates[node["signature"]] = self._estimate(node, wanted[-1])
 
     def _distinct_nodes(self) -> list[dict[str, Any]]:
         first: dict[str, dict[str, Any]] = {}

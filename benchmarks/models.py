@@ -50,6 +50,12 @@ def bert_4_9b() -> Call:
     return _bert(hidden=2048, layers=96, heads=32)
 
 
+def bert_4_9b_half() -> Call:
+    """The same in half precision, with the sequences of BERT's first phase: 128 tokens."""
+    model, args, kwargs = _bert(hidden=2048, layers=96, heads=32, tokens=128)
+    return model.half(), args, kwargs
+
+
 def bert_100b() -> Call:
     """BERT with 124 layers of width 8192: 100 B parameters."""
     return _bert(hidden=8192, layers=124, heads=64)
@@ -123,7 +129,7 @@ def _images() -> tuple[Tensor, Tensor]:
     return torch.empty(_ROWS, 3, 224, 224), torch.zeros(_ROWS, dtype=torch.long)
 
 
-def _bert(*, hidden: int, layers: int, heads: int) -> Call:
+def _bert(*, hidden: int, layers: int, heads: int, tokens: int = 512) -> Call:
     """BERT with a decoder tied to its embedding; gives the masked-token and the sentence loss."""
     from transformers import BertConfig, BertForPreTraining
 
@@ -135,12 +141,12 @@ def _bert(*, hidden: int, layers: int, heads: int) -> Call:
         intermediate_size=4 * hidden,
         max_position_embeddings=512,
     )
-    tokens = torch.zeros(_ROWS, 512, dtype=torch.long)
+    ids = torch.zeros(_ROWS, tokens, dtype=torch.long)
     kwargs = {
-        "input_ids": tokens,
-        "token_type_ids": tokens.clone(),
-        "attention_mask": torch.ones(_ROWS, 512, dtype=torch.long),
-        "labels": tokens.clone(),
+        "input_ids": ids,
+        "token_type_ids": ids.clone(),
+        "attention_mask": torch.ones(_ROWS, tokens, dtype=torch.long),
+        "labels": ids.clone(),
         "next_sentence_label": torch.zeros(_ROWS, dtype=torch.long),
     }
     return _FirstOutput(BertForPreTraining(config)), (), kwargs

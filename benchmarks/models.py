@@ -96,7 +96,13 @@ def t5_11b() -> Call:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=32128, d_model=1024, d_kv=128, d_ff=65536, num_layers=24, num_heads=128
+        vocab_size=32128,
+        d_model=1024,
+        d_kv=128,
+        d_ff=65536,
+        num_layers=24,
+        num_heads=128,
+        decoder_start_token_id=0,
     )
     config.use_cache = False
     tokens = torch.zeros(_ROWS, 512, dtype=torch.long)

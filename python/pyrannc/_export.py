@@ -191,6 +191,7 @@ class _Exporter:
         tracker = Tracker()
         if self.sites:
             self._observe(tensors, rows)
+        cause: Exception | None = None
         while True:
             try:
                 copies = self._copies(tensors, rows)
@@ -205,7 +206,11 @@ class _Exporter:
                 raise
             except Exception as failure:
                 self._blame(failure, tracker.running)
-            self._observe(tensors, rows)
+                cause = failure
+            try:
+                self._observe(tensors, rows)
+            except CaptureError as refusal:
+                raise refusal from cause
 
     def _traced(
         self, tracker: Tracker, tensors: list[torch.Tensor], candidates: set[int]

@@ -274,6 +274,8 @@ def line_with_copy(index: int, published: Stage, ours: Predicted) -> str:
 def line(index: int, what: str, published: float, ours: float, unit: str) -> str:
     """One line of a table."""
     ratio = f"{ours / published:.2f}"
+    if unit == "GB" and published < 1:
+        published, ours, unit = published * 1e3, ours * 1e3, "MB"
     return f"| {index} | {what} | {published:,.2f} {unit} | {ours:,.2f} {unit} | {ratio} |"
 
 

@@ -177,6 +177,10 @@ impl Curve {
 
 /// `value * numerator / denominator`, rounded down; saturates.
 pub(crate) fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
+    // Dividing 128 bits takes several times as long, and is rarely needed.
+    if let Some(product) = value.checked_mul(numerator) {
+        return product / denominator.max(1);
+    }
     let scaled = u128::from(value) * u128::from(numerator) / u128::from(denominator.max(1));
     u64::try_from(scaled).unwrap_or(u64::MAX)
 }

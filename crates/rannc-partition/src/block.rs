@@ -11,6 +11,7 @@
 //! cut           <-|     |<-     |<-      within a quarter of a block
 //! ```
 
+use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -51,6 +52,17 @@ impl Blocks {
         max_blocks: usize,
     ) -> Self {
         Self::cut(&Arc::new(Line::of(graph, atoms, costs, rows, Balance::Time)), max_blocks)
+    }
+
+    /// Into how many blocks a line may be cut where more are no trouble: one for each layer, if these
+    /// are not many times as many as `wanted`.
+    pub(crate) fn natural(line: &Line, wanted: usize) -> usize {
+        let layers = line.layers.len();
+        if (wanted..=wanted.saturating_mul(MOST_LAYERS)).contains(&layers) {
+            layers
+        } else {
+            wanted
+        }
     }
 
     /// Cuts a line into so many blocks, or as many as there are atoms.
@@ -113,8 +125,12 @@ pub(crate) struct Line {
     elapsed: Vec<u64>,
     /// Bytes that a cut before each atom would move; a cut before the first is none.
     crossing: Vec<u64>,
+    /// The first atom of each layer: where the module around it, up to its first number, changes.
+    layers: Vec<usize>,
 }
 
+/// There may be so many times as many blocks as were wanted, if these are the layers.
+const MOST_LAYERS: usize = 4;
 /// Weights add up to about this where they are shares.
 const SHARES: u128 = 1 << 40;
 
@@ -208,7 +224,8 @@ impl Line {
             Some(u64::try_from(*bytes).unwrap_or(u64::MAX))
         });
         let crossing = crossing.collect();
-        Self { order, elapsed, crossing }
+        let layers = layers(&order, graph, atoms);
+        Self { order, elapsed, crossing, layers }
     }
 
     /// Crossing bytes summed over time.
@@ -225,6 +242,9 @@ impl Line {
         if num_blocks == 0 {
             return Vec::new();
         }
+        if self.layers.len() > 2 && self.layers.len() <= num_blocks {
+            return self.split_layers(num_blocks);
+        }
         let total = self.elapsed[self.order.len()];
         let (share, slack) = (total / num_blocks as u64, total / num_blocks as u64 / 4);
         let mut starts = vec![0];
@@ -235,13 +255,45 @@ impl Line {
             let candidates = window.chain([nearest]);
             let place = candidates
                 .min_by_key(|&place| {
-                    (self.crossing[place], self.elapsed[place].abs_diff(ideal), place)
+                    let inside = self.layers.binary_search(&place).is_err();
+                    let distance = self.elapsed[place].abs_diff(ideal);
+                    (inside, self.crossing[place], distance, place)
                 })
                 .expect("the nearest place is always a candidate");
             if Some(&place) > starts.last() {
                 starts.push(place);
             }
         }
+        self.split_longest(&mut starts, num_blocks);
+        starts
+    }
+
+    /// Layers, the heaviest cut into equal pieces until there are `num_blocks`.
+    fn split_layers(&self, num_blocks: usize) -> Vec<usize> {
+        let ends = self.layers.iter().skip(1).copied().chain([self.order.len()]);
+        let layers: Vec<Range<usize>> =
+            self.layers.iter().zip(ends).map(|(&start, end)| start..end).collect();
+        let weight = |layer: &Range<usize>| self.elapsed[layer.end] - self.elapsed[layer.start];
+        // The weight of a piece, then the layer: its pieces are cut anew with one more.
+        let mut heap: BinaryHeap<(u64, Reverse<usize>)> =
+            layers.iter().enumerate().map(|(at, layer)| (weight(layer), Reverse(at))).collect();
+        let mut counts = vec![1; layers.len()];
+        let mut total = layers.len();
+        while let Some((_, Reverse(at))) = heap.pop() {
+            if total == num_blocks {
+                break;
+            }
+            if counts[at] < layers[at].len() {
+                counts[at] += 1;
+                total += 1;
+                heap.push((weight(&layers[at]) / counts[at] as u64, Reverse(at)));
+            }
+        }
+        let mut starts: Vec<usize> = layers
+            .into_iter()
+            .zip(counts)
+            .flat_map(|(layer, count)| self.pieces(layer, count))
+            .collect();
         self.split_longest(&mut starts, num_blocks);
         starts
     }
@@ -293,6 +345,31 @@ impl Line {
     fn splittable(&self, start: usize, end: usize) -> Option<(u64, usize, usize)> {
         (end - start > 1).then(|| (self.elapsed[end] - self.elapsed[start], start, end))
     }
+}
+
+/// Where layers start. Runs of operators outside of any numbered module are layers, too.
+fn layers(order: &[usize], graph: &Graph, atoms: &Atoms) -> Vec<usize> {
+    let layer = |atom: usize| {
+        let module = &graph.node(atoms.members(atom)[0]).module;
+        let mut end = 0;
+        for part in module.split_inclusive('.') {
+            end += part.len();
+            if part.trim_end_matches('.').bytes().all(|byte| byte.is_ascii_digit()) {
+                return Some(&module[..end]);
+            }
+        }
+        None
+    };
+    let mut starts = Vec::new();
+    for (at, &atom) in order.iter().enumerate() {
+        if at == 0
+            || layer(atom).map(|name| name.trim_end_matches('.'))
+                != layer(order[at - 1]).map(|name| name.trim_end_matches('.'))
+        {
+            starts.push(at);
+        }
+    }
+    starts
 }
 
 /// Time of each kind of operator at some number of rows, asked for once.

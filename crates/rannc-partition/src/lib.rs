@@ -21,6 +21,7 @@ mod search;
 mod stage;
 mod storage;
 mod threshold;
+mod uniform;
 mod union;
 mod valid;
 

@@ -22,8 +22,9 @@ pub(crate) struct RowFacts {
     working: Vec<Vec<u64>>,
     saved: Vec<u64>,
     inputs: Vec<u64>,
-    /// The blocks worth computing again, those that free the most for their time first.
-    repeat_order: OnceLock<Vec<usize>>,
+    /// For each block that is worth computing again how many are more so: those that free the most
+    /// for their time are the first.
+    repeat_rank: OnceLock<Vec<Option<usize>>>,
 }
 
 impl RowFacts {
@@ -64,7 +65,7 @@ impl RowFacts {
             working,
             saved: runs.blocks.iter().map(|block| block.saved.at(rows)).collect(),
             inputs: runs.blocks.iter().map(|block| block.inputs.at(rows)).collect(),
-            repeat_order: OnceLock::new(),
+            repeat_rank: OnceLock::new(),
         }
     }
 
@@ -82,8 +83,16 @@ impl RowFacts {
         row[start].max(row[end - (1 << level)])
     }
 
-    fn repeat_order(&self, runs: &Runs) -> &[usize] {
-        self.repeat_order.get_or_init(|| {
+    /// The blocks of a run that are worth computing again, the most rewarding first.
+    fn repeat_order(&self, runs: &Runs, run: (usize, usize)) -> Vec<usize> {
+        let rank = self.repeat_rank(runs);
+        let mut order: Vec<usize> = (run.0..run.1).filter(|&block| rank[block].is_some()).collect();
+        order.sort_unstable_by_key(|&block| rank[block]);
+        order
+    }
+
+    fn repeat_rank(&self, runs: &Runs) -> &[Option<usize>] {
+        self.repeat_rank.get_or_init(|| {
             let freed = |block: usize| self.saved[block].saturating_sub(self.inputs[block]);
             let time = |block: usize| self.forward_ns(block, block + 1).max(1);
             let mut order: Vec<usize> = (0..runs.num_blocks())
@@ -94,7 +103,11 @@ impl RowFacts {
                 let b_over_a = u128::from(freed(b)) * u128::from(time(a));
                 b_over_a.cmp(&a_over_b).then(a.cmp(&b))
             });
-            order
+            let mut rank = vec![None; runs.num_blocks()];
+            for (at, block) in order.into_iter().enumerate() {
+                rank[block] = Some(at);
+            }
+            rank
         })
     }
 }
@@ -171,6 +184,7 @@ pub(crate) struct StageCost {
     pub(crate) backward_ns: u64,
     pub(crate) receive_ns: [u64; 2],
     pub(crate) return_ns: [u64; 2],
+    pub(crate) send_ns: [u64; 2],
     pub(crate) reduce_ns: [u64; 2],
     /// The most that a replica takes.
     pub(crate) bytes: u64,
@@ -204,6 +218,9 @@ pub(crate) struct Pricer<'a> {
     pub(crate) setting: Setting<'a>,
     /// Where all devices are alike: the facts by number of replicas.
     alike: Vec<OnceLock<Arc<RowFacts>>>,
+    /// Whether there are several nodes.
+    across: bool,
+    most_memory: u64,
 }
 
 /// What was tried to make a stage fit.
@@ -215,7 +232,11 @@ struct Attempt {
 impl<'a> Pricer<'a> {
     pub(crate) fn new(runs: &'a Runs, facts: &'a FactCache<'a>, setting: Setting<'a>) -> Self {
         let alike = if setting.classes.devices.len() == 1 { setting.num_devices + 1 } else { 0 };
-        Self { runs, facts, setting, alike: (0..alike).map(|_| OnceLock::new()).collect() }
+        let devices = &setting.cluster.devices[..setting.num_devices];
+        let across = devices.iter().any(|device| device.node != devices[0].node);
+        let most_memory = setting.limits.iter().copied().max().unwrap_or_default();
+        let alike = (0..alike).map(|_| OnceLock::new()).collect();
+        Self { runs, facts, setting, alike, across, most_memory }
     }
 
     /// For the blocks before each: device time and time of one microbatch at best. Where devices are
@@ -262,6 +283,51 @@ impl<'a> Pricer<'a> {
         in_flight: u64,
     ) -> Option<StageCost> {
         self.attempt(run, set, in_flight).map(|(_, attempt)| attempt.cost)
+    }
+
+    /// Whether the parameters alone, with all that belongs to them, are too much for any device.
+    pub(crate) fn is_hopeless(&self, run: (usize, usize)) -> bool {
+        let run = self.runs.get(run.0, run.1);
+        let trained = run.own_trained.saturating_add(run.shared_trained);
+        let sizes = StageSizes {
+            state: run.state,
+            trainable: trained,
+            tied: run.shared_trained,
+            ..StageSizes::default()
+        };
+        let least = self.memory(&sizes, 0, self.setting.sharding, self.setting.num_devices);
+        least > self.most_memory
+    }
+
+    /// The same where all devices are alike and nothing has to be given up to fit; none if that is
+    /// not so. Much faster than [`price`](Self::price).
+    pub(crate) fn price_plain(
+        &self,
+        run: (usize, usize),
+        set: &DeviceSet,
+        in_flight: u64,
+    ) -> Option<StageCost> {
+        let [(class, count)] = set.classes[..] else { return None };
+        if count > self.setting.most_replicas() {
+            return None;
+        }
+        let facts =
+            self.alike.get(count)?.get_or_init(|| self.facts.get(class, self.setting.rows(count)));
+        let mut sizes = self.sizes(run, facts);
+        sizes.gathered = 0;
+        let bytes = self.memory(&sizes, in_flight, Sharding::None, count);
+        if bytes > self.setting.limits[class] {
+            return None;
+        }
+        let clones = self.runs.get(run.0, run.1).clones_ns;
+        let mut cost = StageCost {
+            forward_ns: facts.forward_ns(run.0, run.1).saturating_add(clones.0),
+            backward_ns: facts.backward_ns(run.0, run.1).saturating_add(clones.1),
+            bytes,
+            ..StageCost::default()
+        };
+        self.add_traffic(&mut cost, self.runs.get(run.0, run.1), facts.rows, Sharding::None, count);
+        Some(cost)
     }
 
     /// How the stage is run.
@@ -424,7 +490,7 @@ impl<'a> Pricer<'a> {
         kept: Option<&Kept>,
     ) -> Option<usize> {
         let over = shares.iter().enumerate().find(|(index, share)| {
-            let mut sizes = self.sizes(run, share);
+            let mut sizes = self.sizes(run, &share.facts);
             if let Some(kept) = kept {
                 (sizes.saved, sizes.working) = kept.saved_and_working(*index, sizes.working);
             }
@@ -442,9 +508,7 @@ impl<'a> Pricer<'a> {
         level: Sharding,
         replicas: usize,
     ) -> Result<Vec<usize>, usize> {
-        let order = shares[0].facts.repeat_order(self.runs);
-        let inside: Vec<usize> =
-            order.iter().copied().filter(|block| (run.0..run.1).contains(block)).collect();
+        let inside = shares[0].facts.repeat_order(self.runs, run);
         let fits = |count: usize| {
             let mut kept = Kept::new(self, run, shares);
             inside[..count].iter().for_each(|&block| kept.repeat(block));
@@ -485,7 +549,7 @@ impl<'a> Pricer<'a> {
             let backward = share.facts.backward_ns(run.0, run.1).saturating_add(facts.clones_ns.1);
             cost.forward_ns = cost.forward_ns.max(forward);
             cost.backward_ns = cost.backward_ns.max(backward.saturating_add(again));
-            let mut sizes = self.sizes(run, share);
+            let mut sizes = self.sizes(run, &share.facts);
             if let Some(kept) = &kept {
                 (sizes.saved, sizes.working) = kept.saved_and_working(index, sizes.working);
             }
@@ -506,23 +570,23 @@ impl<'a> Pricer<'a> {
     ) {
         let Setting { cluster, microbatches, num_devices, .. } = self.setting;
         let links = [&cluster.intra_node, &cluster.inter_node];
-        let devices = &cluster.devices[..num_devices];
-        let across = devices.iter().any(|device| device.node != devices[0].node);
         let shared =
-            links[usize::from(across)].all_reduce_ns(run.shared_trained, num_devices as u64);
+            links[usize::from(self.across)].all_reduce_ns(run.shared_trained, num_devices as u64);
         let transfer =
             |bytes: u64| links.map(|link| if bytes == 0 { 0 } else { link.transfer_ns(bytes) });
         cost.receive_ns = transfer(run.received.at(rows));
         cost.return_ns = transfer(run.returned.at(rows));
+        let sent = run.exchanged.at(rows).saturating_sub(run.arriving.at(rows));
+        cost.send_ns = transfer(sent);
         cost.reduce_ns = links.map(|link| {
             let whole = link.all_reduce_ns(run.own_trained, replicas as u64);
             level.traffic_ns(whole, microbatches).saturating_add(shared)
         });
     }
 
-    fn sizes(&self, run: (usize, usize), share: &Share) -> StageSizes {
+    fn sizes(&self, run: (usize, usize), row_facts: &RowFacts) -> StageSizes {
         let facts = self.runs.get(run.0, run.1);
-        let rows = share.facts.rows;
+        let rows = row_facts.rows;
         let gathered = if self.setting.sharding == Sharding::Parameters {
             let blocks = self.runs.blocks[run.0..run.1].iter();
             blocks.map(|block| block.own_trained).max().unwrap_or_default()
@@ -537,7 +601,7 @@ impl<'a> Pricer<'a> {
             saved: facts.saved.at(rows),
             received: facts.received.at(rows),
             exchanged: facts.exchanged.at(rows),
-            working: share.facts.working_bytes(run.0, run.1).max(facts.clones_working),
+            working: row_facts.working_bytes(run.0, run.1).max(facts.clones_working),
         }
     }
 

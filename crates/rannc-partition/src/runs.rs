@@ -28,6 +28,8 @@ pub(crate) struct Run {
     pub(crate) saved: Affine,
     /// Bytes of all inputs.
     pub(crate) received: Affine,
+    /// Bytes of those that other stages make.
+    pub(crate) arriving: Affine,
     /// Bytes of gradients that come back for the outputs.
     pub(crate) returned: Affine,
     /// Bytes of values that come from or go to other stages, or leave the model.
@@ -295,6 +297,7 @@ impl Facts {
                 run.received += met.fact.bytes;
                 if met.fact.made_by.is_some() {
                     run.exchanged += met.fact.bytes;
+                    run.arriving += met.fact.bytes;
                 }
             }
         }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use fixedbitset::FixedBitSet;
 use rannc_cost::{Classes, Cluster, DeviceCosts, ScheduleKind, Sharding, Training};
 use rannc_graph::{Graph, NodeId};
+use rayon::prelude::*;
 
 use crate::block::{Balance, Line};
 use crate::bound::{Ground, LowerBound};
@@ -13,11 +14,17 @@ use crate::layout::{Layout, Shape};
 use crate::price::{FactCache, Pricer, Setting};
 use crate::runs::Runs;
 use crate::stage::{Division, Problem};
+use crate::uniform::best_of_each;
 use crate::{Atoms, Blocks, PartitionError};
 
-/// The most candidates that a search returns.
-const NUM_CANDIDATES: usize = 8;
-/// Candidates may take longer than the best by this part of it.
+/// The most candidates that a search returns, and how many of them are of any shape.
+const NUM_CANDIDATES: usize = 32;
+const NUM_FREE_CANDIDATES: usize = 6;
+/// Candidates may take so many times the best estimate.
+const MOST_TIMES_BEST: u64 = 3;
+/// The most stages of regular candidates.
+const MOST_UNIFORM: usize = 256;
+/// The search looks for what takes longer than the best by this part of it.
 const WORST_OVER_BEST: u64 = 8;
 /// The most units that devices are handed out in, unless more stages are needed to fit.
 const MAX_UNITS: usize = 64;
@@ -25,11 +32,14 @@ const MAX_UNITS: usize = 64;
 const MAX_BLOCKS: usize = 1024;
 /// What the exact programme may cost, by its own estimate; beyond it is approximated.
 const EXACT_EFFORT: u64 = 1 << 20;
+/// Problems that are solved at once.
+const AT_ONCE: usize = 4;
 /// The blocks around a cut are cut into so many pieces to find a better place for it.
 const PIECES: usize = 6;
 /// The most blocks then, roughly.
 const MAX_FINE_BLOCKS: usize = 384;
-/// The most orders of unlike devices to try, and the most devices for which all are tried.
+/// The most devices of which all orders are tried, if these are not too many.
+const MOST_REORDERED: usize = 6;
 const MAX_ORDERS: usize = 100;
 
 /// What to plan for.
@@ -180,8 +190,8 @@ impl<'g> Partitioner<'g> {
         &self.atoms
     }
 
-    /// Finds the best ways to train the model: at most 8, best first, all different, none estimated
-    /// to take more than an eighth longer than the best.
+    /// Finds good ways to train the model, all different, the best estimate first: the best few of
+    /// all, and the best with equally many replicas of each stage for each number of stages.
     ///
     /// All devices are used if rows and memory allow. Where they do not, devices are left idle, and
     /// the fastest way wins however many it uses: no stage gets more replicas than a microbatch has
@@ -369,17 +379,38 @@ pub(crate) struct Search<'a, 'g> {
 
 /// A division with what candidates are compared by, in this order.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Found {
+pub(crate) struct Found {
     step_ns: u64,
     num_stages: usize,
     microbatches: u64,
     /// The position of the schedule in the options.
     schedule: usize,
     starts: Vec<usize>,
-    ranks: Vec<Vec<u32>>,
+    pub(crate) ranks: Vec<Vec<u32>>,
     /// Where the division belongs: numbers of the pricer and of the layout.
     place: (usize, usize),
     division: Division,
+}
+
+impl Found {
+    fn new(
+        problem: &Problem<'_>,
+        division: Division,
+        place: (usize, usize),
+        schedule: usize,
+    ) -> Self {
+        let ranks = |&(start, end): &(usize, usize)| problem.layout.ranks(start, end);
+        Self {
+            step_ns: division.step_ns,
+            num_stages: division.starts.len(),
+            microbatches: problem.microbatches(),
+            schedule,
+            starts: division.starts.clone(),
+            ranks: division.units.iter().map(ranks).collect(),
+            place,
+            division,
+        }
+    }
 }
 
 /// Everything for one number of microbatches.
@@ -426,10 +457,13 @@ impl<'a, 'g> Search<'a, 'g> {
     }
 
     pub(crate) fn cut(&self, num_blocks: usize) -> Arc<Cut> {
+        self.partitioner.cut(self.costs, &self.line_key(), num_blocks, self.options.batch_rows)
+    }
+
+    fn line_key(&self) -> LineKey {
         let scarce = self.fewest_stages() > 1;
         let balance = if scarce { Balance::TimeAndState } else { Balance::Time };
-        let key = (self.block_rows(), balance, format!("{:?}", self.classes.devices[0]));
-        self.partitioner.cut(self.costs, &key, num_blocks, self.options.batch_rows)
+        (self.block_rows(), balance, format!("{:?}", self.classes.devices[0]))
     }
 
     /// How many stages the parameters need at least.
@@ -542,7 +576,7 @@ impl<'a, 'g> Search<'a, 'g> {
         let mut counts: BTreeSet<usize> = (1..=most_units)
             .filter(|count| num_devices.is_multiple_of(*count))
             .chain([MAX_UNITS, MAX_UNITS / 2, most_units])
-            .filter(|&count| (stage_counts.0..=most_units).contains(&count))
+            .filter(|&count| (needed.min(num_devices)..=most_units).contains(&count))
             .collect();
         if num_devices <= MAX_UNITS {
             // Units of one device are all that the others are, side by side.
@@ -553,7 +587,7 @@ impl<'a, 'g> Search<'a, 'g> {
         let nodes = self.cluster.devices[..num_devices].iter().map(|device| device.node);
         let several_nodes = nodes.clone().max() != nodes.min();
         if several_nodes && self.classes.devices.len() == 1 {
-            let copies = (2..=num_devices / stage_counts.0.max(1))
+            let copies = (2..=num_devices / needed.max(1))
                 .filter(|&copies| num_devices.is_multiple_of(copies))
                 .map(|copies| (num_devices / copies, copies))
                 .filter(|&(count, _)| count > 1 && count <= most_units);
@@ -579,33 +613,26 @@ impl<'a, 'g> Search<'a, 'g> {
         let mut found: Vec<Found> = Vec::new();
         let mut best = u64::MAX;
         let total = problems.len() as u64;
-        for (done, (bound, place, schedule, problem)) in problems.iter().enumerate() {
-            self.progress.update("searching divisions", done as u64, total);
+        for (done, chunk) in problems.chunks_mut(AT_ONCE).enumerate() {
+            self.progress.update("searching divisions", (done * AT_ONCE) as u64, total);
             let most = best.saturating_add(best / WORST_OVER_BEST);
-            if *bound > most {
+            if chunk[0].0 > most {
                 break;
             }
-            let divisions = if problem.effort() <= EXACT_EFFORT {
-                problem.exact(most)
-            } else {
-                problem.approximate(most)
-            };
-            for division in divisions {
-                best = best.min(division.step_ns);
-                found.push(Found {
-                    step_ns: division.step_ns,
-                    num_stages: division.starts.len(),
-                    microbatches: problem.microbatches(),
-                    schedule: *schedule,
-                    starts: division.starts.clone(),
-                    ranks: division
-                        .units
-                        .iter()
-                        .map(|&(start, end)| problem.layout.ranks(start, end))
-                        .collect(),
-                    place: *place,
-                    division,
-                });
+            // All of a chunk know the same best, so that threads change nothing.
+            let solved: Vec<Vec<Division>> = chunk
+                .par_iter_mut()
+                .map(|(bound, _, _, problem)| match *bound {
+                    bound if bound > most => Vec::new(),
+                    _ if problem.effort() <= EXACT_EFFORT => problem.exact(most),
+                    _ => problem.approximate(most),
+                })
+                .collect();
+            for ((_, place, schedule, problem), divisions) in chunk.iter().zip(solved) {
+                for division in divisions {
+                    best = best.min(division.step_ns);
+                    found.push(Found::new(problem, division, *place, *schedule));
+                }
             }
         }
         log::debug!("{} problems, {} divisions", problems.len(), found.len());
@@ -623,11 +650,11 @@ impl<'a, 'g> Search<'a, 'g> {
                 (other.microbatches, &other.starts, &other.ranks)
                     == (next.microbatches, &next.starts, &next.ranks)
             };
-            if kept.len() < NUM_CANDIDATES && !kept.iter().any(|other| same(&other)) {
+            if kept.len() < NUM_FREE_CANDIDATES && !kept.iter().any(|other| same(&other)) {
                 kept.push(next);
             }
         }
-        let mut candidates: Vec<Candidate> = Vec::new();
+        let mut candidates: Vec<Candidate> = self.uniform(cut.blocks.len());
         for found in kept {
             let case = &cases[found.place.0];
             let layout = &case.layouts[found.place.1];
@@ -637,6 +664,8 @@ impl<'a, 'g> Search<'a, 'g> {
             candidates.extend(self.refined(&problem, &found.division, cut));
         }
         candidates.sort_by_key(|candidate| candidate.estimate_ns);
+        let most = candidates[0].estimate_ns.saturating_mul(MOST_TIMES_BEST);
+        candidates.retain(|candidate| candidate.estimate_ns <= most);
         let mut distinct: Vec<Candidate> = Vec::new();
         for candidate in candidates {
             if distinct.len() < NUM_CANDIDATES && !distinct.contains(&candidate) {
@@ -644,6 +673,58 @@ impl<'a, 'g> Search<'a, 'g> {
             }
         }
         distinct
+    }
+
+    /// The best divisions with equally many replicas of each stage, for each number of stages that
+    /// uses all devices.
+    fn uniform(&self, wanted: usize) -> Vec<Candidate> {
+        let line = self.partitioner.line(self.costs, &self.line_key());
+        let cut = self.cut(Blocks::natural(&line, wanted));
+        let facts = FactCache::new(&cut.runs, self.costs);
+        let cases = self.cases(&cut.runs, &facts, false);
+        let Options { num_devices, num_stages, num_replicas, .. } = *self.options;
+        let most = cut.blocks.len().min(num_devices).min(MOST_UNIFORM);
+        let counts = (num_stages.unwrap_or(1)..=num_stages.unwrap_or(most))
+            .filter(|&count| num_devices.is_multiple_of(count))
+            .filter(|&count| num_replicas.is_none_or(|replicas| replicas == num_devices / count));
+        let mut shapes = Vec::new();
+        for count in counts {
+            let replicas = num_devices / count;
+            shapes.push((count, Shape::Groups(count, replicas)));
+            if count > 1 && replicas > 1 {
+                shapes.push((count, Shape::Copies(count, replicas)));
+            }
+        }
+        let mut candidates = Vec::new();
+        for (count, shape) in shapes {
+            let stage_counts = (count, count);
+            let layout = |order: &Vec<u32>| {
+                Layout::new(self.cluster, &self.classes, order, shape, true, stage_counts, false)
+            };
+            let layouts: Vec<Layout> = self.orders.iter().map(layout).collect();
+            let mut found = Vec::new();
+            for (case_index, case) in cases.iter().enumerate() {
+                for (layout_index, layout) in layouts.iter().enumerate() {
+                    for (schedule, &kind) in self.options.schedules.iter().enumerate() {
+                        let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                        let place = (case_index, layout_index);
+                        found.extend(
+                            problem
+                                .balanced()
+                                .map(|division| Found::new(&problem, division, place, schedule)),
+                        );
+                    }
+                }
+            }
+            for found in best_of_each(found) {
+                let case = &cases[found.place.0];
+                let kind = self.options.schedules[found.schedule];
+                let layout = &layouts[found.place.1];
+                let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                candidates.push(self.candidate(&problem, &found.division, &cut));
+            }
+        }
+        candidates
     }
 
     /// The division with its cuts at the best places nearby.
@@ -722,9 +803,11 @@ fn orders(classes: &Classes) -> Vec<Vec<u32>> {
     let class = |rank: u32| classes.of_rank[rank as usize];
     let mut found: BTreeSet<Vec<usize>> = BTreeSet::new();
     let own_classes: Vec<usize> = own.iter().map(|&rank| class(rank)).collect();
-    arrangements(&mut own_classes.clone(), 0, &mut found);
+    if own.len() <= MOST_REORDERED {
+        arrangements(&mut own_classes.clone(), 0, &mut found);
+    }
     let mut sequences: Vec<Vec<usize>> = vec![own_classes.clone()];
-    if found.len() <= MAX_ORDERS {
+    if !found.is_empty() && found.len() <= MAX_ORDERS {
         sequences.extend(found);
     } else {
         let mut sorted = own_classes;

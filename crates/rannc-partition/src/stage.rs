@@ -239,6 +239,12 @@ impl<'a> Problem<'a> {
     pub(crate) fn price(&self, blocks: Range2, units: Range2, in_flight: u64) -> Option<StageCost> {
         let set = self.layout.set_id(units.0, units.1);
         let run = run_index(self.num_blocks(), blocks.0, blocks.1);
+        if let Some(plain) = self.pricer.price_plain(blocks, self.layout.set(set), in_flight) {
+            return Some(plain);
+        }
+        if self.pricer.is_hopeless(blocks) {
+            return None;
+        }
         let price = |in_flight: u64| {
             *self
                 .prices
@@ -246,13 +252,7 @@ impl<'a> Problem<'a> {
                 .entry((run, set, in_flight))
                 .or_insert_with(|| self.pricer.price(blocks, self.layout.set(set), in_flight))
         };
-        // What fits as it is with all microbatches in flight costs the same with fewer.
-        let most = self.microbatches();
-        match price(most) {
-            Some(cost) if !cost.repeats && cost.sharding.is_none() => Some(cost),
-            all if in_flight == most => all,
-            _ => price(in_flight),
-        }
+        price(in_flight)
     }
 
     pub(crate) fn details(
@@ -262,16 +262,7 @@ impl<'a> Problem<'a> {
         in_flight: u64,
     ) -> Option<StageDetails> {
         let set = self.layout.set_id(units.0, units.1);
-        // As it was priced: what fits with all microbatches in flight is not changed for fewer.
-        let most = self.microbatches();
-        let plain = self.pricer.details(blocks, self.layout.set(set), most);
-        match plain {
-            Some(details) if details.repeated.is_empty() && details.sharding.is_none() => {
-                Some(details)
-            }
-            all if in_flight == most => all,
-            _ => self.pricer.details(blocks, self.layout.set(set), in_flight),
-        }
+        self.pricer.details(blocks, self.layout.set(set), in_flight)
     }
 
     fn time(&self, cost: &StageCost, blocks: Range2, units: Range2) -> StageTime {
@@ -279,21 +270,23 @@ impl<'a> Problem<'a> {
         let reduce = cost.reduce_ns[usize::from(layout.spans_nodes(units.0, units.1))];
         let everything =
             blocks == (0, self.num_blocks()) && units == (0, layout.num_units()) && layout.has_all;
-        let (receive, give_back) = if everything {
+        let (receive, send, give_back) = if everything {
             // Every rank keeps the rows that it brings.
-            (0, 0)
+            (0, 0, 0)
         } else {
             let (receives, returns) = layout.far(units.0, units.1);
-            (cost.receive_ns[usize::from(receives)], cost.return_ns[usize::from(returns)])
+            let link = usize::from(returns);
+            (cost.receive_ns[usize::from(receives)], cost.send_ns[link], cost.return_ns[link])
         };
         let forward = cost.forward_ns.saturating_add(receive);
         let backward = cost.backward_ns.saturating_add(give_back);
         let alone = forward.saturating_add(backward);
         let busy = match self.schedule {
             ScheduleKind::FillDrain => {
-                cost.forward_ns.max(receive).saturating_add(cost.backward_ns.max(give_back))
+                let forward = cost.forward_ns.max(receive).max(send);
+                forward.saturating_add(cost.backward_ns.max(give_back).max(receive))
             }
-            ScheduleKind::OneForwardOneBackward => alone,
+            ScheduleKind::OneForwardOneBackward => alone.max(send.saturating_add(receive)),
         };
         StageTime { busy, alone, delay: backward, reduce }
     }

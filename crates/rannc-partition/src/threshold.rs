@@ -13,9 +13,9 @@ use crate::runs::run_index;
 use crate::stage::{Division, Label, Problem, Range2};
 
 /// The times to look at, as parts of the least in hundredths.
-const TIMES: [u64; 6] = [100, 103, 108, 120, 150, 300];
+const TIMES: [u64; 4] = [100, 104, 115, 150];
 /// The most places that are looked at for one first block.
-const MAX_WINDOW: usize = 96;
+const MAX_WINDOW: usize = 32;
 /// Bisection ends when the time is known to this part of it.
 const PRECISION: u64 = 64;
 
@@ -158,6 +158,9 @@ impl Problem<'_> {
     /// Whether a stage of these or more blocks cannot keep within `time` on any units: longer stages
     /// take more time and memory.
     fn is_too_long(&self, blocks: Range2, time: u64) -> bool {
+        if self.pricer.is_hopeless(blocks) {
+            return true;
+        }
         let num_units = self.layout.num_units();
         if self.layout.one_unit_each {
             return (0..num_units).all(|unit| {

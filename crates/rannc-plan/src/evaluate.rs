@@ -9,7 +9,9 @@ use rannc_cost::{
 };
 use rannc_graph::{Graph, NodeId, Users};
 use rannc_partition::{Candidate, Options, StageCandidate};
-use rannc_schedule::{GradientGroup, Memory, Mode, Program, RankId, StageId, Timeline, Timing};
+use rannc_schedule::{
+    Batch, GradientGroup, Memory, Mode, Program, RankId, StageId, Timeline, Timing,
+};
 
 use crate::{Placement, PlanError, StageEstimate, even_rows};
 
@@ -72,7 +74,16 @@ impl<'a> Evaluator<'a> {
         candidate: &Candidate,
         placement: &Placement,
     ) -> Result<u64, PlanError> {
-        Ok(self.timeline(candidate, placement)?.1.makespan_ns)
+        let batch = Batch {
+            rows: even_rows(self.options.batch_rows, self.world_size()),
+            gather: true,
+            microbatches: candidate.microbatches,
+        };
+        let timing = StageTiming::new(self, candidate);
+        let (pipeline, schedule) = (&placement.pipeline, placement.training_schedule());
+        let found =
+            rannc_schedule::estimate(pipeline, &batch, schedule, Mode::Training, &timing, &timing)?;
+        Ok(found.makespan_ns)
     }
 
     /// A training step and when everything in it happens.

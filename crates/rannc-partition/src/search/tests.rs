@@ -55,7 +55,7 @@ fn models_larger_than_a_device_become_a_pipeline() {
     let mut options = Options::new(512, 8, limit);
     options.schedules = ScheduleKind::ALL.to_vec();
     let found = plan(&graph, "a100-40gb:1x8", &options).unwrap();
-    assert!(!found.is_empty() && found.len() <= 8);
+    assert!(!found.is_empty() && found.len() <= 32);
     for candidate in &found {
         assert!(candidate.stages.len() >= 2);
         assert_eq!(replicas(candidate).iter().sum::<usize>(), 8);
@@ -213,7 +213,7 @@ fn against_oracle(
             break;
         }
     }
-    let found = search.with_blocks(num_blocks).first().map(|best| best.estimate_ns);
+    let found = search.with_blocks(num_blocks).iter().map(|found| found.estimate_ns).min();
     Ok((best, found))
 }
 
@@ -318,7 +318,7 @@ proptest! {
             }
         }
         if let Ok(found) = found {
-            prop_assert!(!found.is_empty() && found.len() <= 8);
+            prop_assert!(!found.is_empty() && found.len() <= 32);
             let distinct = found.iter().enumerate().all(|(index, candidate)| !found[..index].contains(candidate));
             prop_assert!(distinct);
         }

@@ -8,7 +8,6 @@ mod log;
 mod progress;
 mod report;
 mod simulate;
-mod timeline;
 
 use std::process::ExitCode;
 

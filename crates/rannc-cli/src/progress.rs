@@ -14,7 +14,7 @@ const DELAY: Duration = Duration::from_secs(1);
 pub(crate) struct Bar {
     start: Instant,
     delay: Duration,
-    bar: OnceLock<ProgressBar>,
+    shown: OnceLock<ProgressBar>,
 }
 
 impl Bar {
@@ -26,7 +26,7 @@ impl Bar {
     }
 
     fn after(delay: Duration) -> Self {
-        Self { start: Instant::now(), delay, bar: OnceLock::new() }
+        Self { start: Instant::now(), delay, shown: OnceLock::new() }
     }
 }
 
@@ -35,7 +35,7 @@ impl Progress for Bar {
         if self.start.elapsed() < self.delay {
             return;
         }
-        let bar = self.bar.get_or_init(|| {
+        let bar = self.shown.get_or_init(|| {
             let style = ProgressStyle::with_template("{elapsed} {bar:32} {pos}/{len} {msg}");
             ProgressBar::new(total)
                 .with_style(style.expect("the template is valid"))
@@ -51,7 +51,7 @@ impl Progress for Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        if let Some(bar) = self.bar.get() {
+        if let Some(bar) = self.shown.get() {
             bar.finish_and_clear();
         }
     }
@@ -67,13 +67,13 @@ mod tests {
 
     #[test]
     fn short_searches_show_no_bar() {
-        let (late, now) = (Bar::after(Duration::from_secs(3600)), Bar::after(Duration::ZERO));
+        let (late, now) = (Bar::after(Duration::MAX), Bar::after(Duration::ZERO));
         for bar in [&late, &now] {
             bar.update("blocks", 1, 9);
             bar.update("stages", 5, 8);
         }
-        assert!(late.bar.get().is_none());
-        let shown = now.bar.get().expect("its time has come");
+        assert!(late.shown.get().is_none());
+        let shown = now.shown.get().expect("its time has come");
         assert_eq!((shown.position(), shown.length()), (5, Some(8)));
         assert_eq!(shown.message(), "stages");
     }

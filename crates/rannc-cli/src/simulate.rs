@@ -4,13 +4,15 @@ use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result};
 use rannc_cost::{Cluster, StageMemory};
-use rannc_plan::{Options, Plan, Planner, duration, size};
-use rannc_schedule::{RankTimeline, Timeline, chrome_trace};
+use rannc_plan::{Options, Plan, Planner, size};
+use rannc_schedule::{RankTimeline, Timeline, chrome_trace, timeline_text};
 use serde_json::{Value, json};
 
 use crate::args::SimulateArgs;
-use crate::timeline::{self, LEGEND};
 use crate::{input, report};
+
+/// Columns of the timeline.
+const COLUMNS: usize = 96;
 
 /// Simulates and prints; writes the trace where one is wanted.
 pub(crate) fn run(args: &SimulateArgs) -> Result<()> {
@@ -62,19 +64,16 @@ impl Step {
     fn in_words(&self) -> String {
         let Self { plan, timeline, .. } = self;
         let mut text = format!(
-            "simulated step of {}: {}, {:.1} rows a second, costs {}\n\
-             global batch {}, microbatches: {}, schedule {}, processes: {}\n\
-             one column is {}: {LEGEND}\n{}",
+            "{}: {:.1} rows a second, simulated with costs {}\n\
+             global batch {}, microbatches: {}, schedule {}, processes: {}\n{}",
             plan.model,
-            duration(timeline.makespan_ns),
             self.samples_per_second(),
             self.costs_of,
             plan.batch_size,
             plan.microbatches,
             plan.schedule,
             plan.world_size,
-            duration(timeline.makespan_ns / timeline::WIDTH as u64),
-            timeline::picture(timeline),
+            timeline_text(timeline, COLUMNS),
         );
         let lines: Vec<String> =
             (0..timeline.ranks.len()).map(|rank| self.rank_line(rank)).collect();
@@ -93,8 +92,7 @@ impl Step {
     fn rank_line(&self, rank: usize) -> String {
         let times = &self.timeline.ranks[rank];
         format!(
-            "busy {:.1} %, memory {} of {} (activations of the step {})",
-            100.0 * self.utilisation(times),
+            "memory {} of {} (activations of the step {})",
             size(self.memory[rank].total()),
             size(self.cluster.devices[rank].memory_bytes),
             size(times.peak_activation_bytes),

@@ -10,12 +10,16 @@ fn a_step_is_shown_as_a_timeline_with_memory() {
     let output = rannc(folder.path(), &SIMULATE);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
-    assert!(shown.starts_with("simulated step of Sketch: "), "{shown}");
-    assert!(shown.contains("estimated from the data of v100-32gb"));
-    for rank in 0..6 {
-        assert!(shown.contains(&format!("\nrank {rank} |")), "{shown}");
+    for part in [
+        "Sketch: ",
+        " rows a second, simulated with costs estimated from the data of v100-32gb\n",
+        "\nsimulated step of ",
+        "FF",
+        "% busy\n",
+        " of 31.7 GiB (activations of the step ",
+    ] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
     }
-    assert!(shown.contains(" of 31.7 GiB (activations of the step "), "{shown}");
 }
 
 #[test]

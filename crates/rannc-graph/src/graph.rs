@@ -1,5 +1,6 @@
 //! The graph itself, valid by construction.
 
+use fixedbitset::FixedBitSet;
 use serde::{Deserialize, Serialize};
 
 use crate::{Affine, GraphError, NodeId, ValueId};
@@ -145,6 +146,7 @@ pub struct Graph {
     pub(crate) inputs: Vec<ValueId>,
     pub(crate) outputs: Vec<ValueId>,
     pub(crate) producers: Vec<Option<NodeId>>,
+    pub(crate) batch_nodes: FixedBitSet,
 }
 
 impl Graph {
@@ -162,7 +164,8 @@ impl Graph {
         outputs: Vec<ValueId>,
     ) -> Result<Self, GraphError> {
         let producers = crate::file::validate(&batch, &values, &nodes, &inputs, &outputs)?;
-        Ok(Self { name, batch, values, nodes, inputs, outputs, producers })
+        let batch_nodes = crate::query::batch_nodes(&values, &nodes, &inputs);
+        Ok(Self { name, batch, values, nodes, inputs, outputs, producers, batch_nodes })
     }
 
     /// The model's class name.

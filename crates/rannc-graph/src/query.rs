@@ -2,7 +2,7 @@
 
 use fixedbitset::FixedBitSet;
 
-use crate::{Graph, NodeId, ValueId};
+use crate::{Graph, Node, NodeId, Value, ValueId};
 
 /// Who reads each value.
 #[derive(Clone, Debug)]
@@ -48,23 +48,8 @@ impl Graph {
 
     /// The operators that depend on the model's inputs, directly or not. The others only handle
     /// weights, constants and sizes, and can be run again wherever they are needed.
-    ///
-    /// # Complexity
-    ///
-    /// Linear in the number of edges.
     pub fn batch_nodes(&self) -> FixedBitSet {
-        let mut values = FixedBitSet::with_capacity(self.values.len());
-        for &id in &self.inputs {
-            values.insert(id.index());
-        }
-        let mut nodes = FixedBitSet::with_capacity(self.nodes.len());
-        for (index, node) in self.nodes.iter().enumerate() {
-            if node.inputs.iter().any(|id| values.contains(id.index())) {
-                nodes.insert(index);
-                values.extend(node.outputs.iter().map(|id| id.index()));
-            }
-        }
-        nodes
+        self.batch_nodes.clone()
     }
 
     /// What `nodes` takes from outside and gives to it.
@@ -99,4 +84,18 @@ impl Graph {
         cut.state.sort_unstable();
         cut
     }
+}
+
+/// The operators that depend on `inputs`, found once for each graph.
+pub(crate) fn batch_nodes(values: &[Value], nodes: &[Node], inputs: &[ValueId]) -> FixedBitSet {
+    let mut dependent = FixedBitSet::with_capacity(values.len());
+    dependent.extend(inputs.iter().map(|id| id.index()));
+    let mut found = FixedBitSet::with_capacity(nodes.len());
+    for (index, node) in nodes.iter().enumerate() {
+        if node.inputs.iter().any(|id| dependent.contains(id.index())) {
+            found.insert(index);
+            dependent.extend(node.outputs.iter().map(|id| id.index()));
+        }
+    }
+    found
 }

@@ -4,7 +4,8 @@
 //! ```text
 //! cargo bench -p rannc-bench --bench growth                      everything
 //! cargo bench -p rannc-bench --bench growth -- --quick           up to 10,000 operators
-//! cargo bench -p rannc-bench --bench growth -- --case shapes     one of: operators, devices, shapes
+//! cargo bench -p rannc-bench --bench growth -- --case GPT        operators, devices, again,
+//!                                                                or a part of a shape's name
 //! ```
 //!
 //! Times are wall clock and processor time for `Planner::new` and `Planner::plan` in one process; the graph is there
@@ -38,10 +39,10 @@ fn main() {
     if is_wanted("devices") {
         by_devices(quick);
     }
-    if is_wanted("shapes") {
-        shapes();
+    if is_wanted("again") {
         again();
     }
+    shapes(|name| wanted.is_none_or(|part| name.contains(part.as_str())));
 }
 
 fn show(text: &str) {
@@ -147,7 +148,7 @@ struct Shape {
     target: &'static str,
 }
 
-fn shapes() {
+fn shapes(is_wanted: impl Fn(&str) -> bool) {
     let shape = |name, graph, text: &str, batch_rows, target| Shape {
         name,
         graph,
@@ -161,7 +162,7 @@ fn shapes() {
         device.memory_bytes = 5 << 30;
     }
     let trillion = Transformer::new(128, 25_600, 2048);
-    let all = [
+    let mut all = vec![
         shape("BERT-96 (101 nodes)", piper_bert96(), "a100-40gb:128x8", 1024, "0.5 s"),
         shape("DenseNet (430 states)", densenet430(), "a100-40gb:8x8", 2048, "1 s"),
         shape("GNMT (78 nodes, wide)", gnmt78(), "a100-40gb:1x2", 256, "1 s"),
@@ -169,6 +170,10 @@ fn shapes() {
         shape("BERT 100B", bert(Transformer::new(124, 8192, 512)), "a100-40gb:128x8", 1024, "1 s"),
         shape("GPT 1T", gpt(trillion), "h100-80gb:384x8", 3072, "5 s"),
     ];
+    all.retain(|shape| is_wanted(shape.name));
+    if all.is_empty() {
+        return;
+    }
     let mut table = Table::new(&[
         "shape",
         "operators",

@@ -153,20 +153,24 @@ fn num_microbatches(program: &Program) -> u32 {
 fn play(run: &mut Run<'_>, ledger: &mut Ledger, clock: &mut Clock<'_>, world_size: u32) {
     let mut queue: BinaryHeap<_> =
         (0..world_size).map(|rank| Reverse((clock.now(rank), rank))).collect();
+    let mut queued = vec![true; world_size as usize];
     let mut woken = Vec::new();
     while let Some(Reverse((time, rank))) = queue.pop() {
-        // A rank that was woken twice has gone on already. What takes no time needs no queue.
-        while time == clock.now(rank)
-            && run.advance(rank, ledger, clock, &mut woken) == Progress::Ran
-        {
-            let is_first = |&other: &u32| (clock.now(other), other) < (time, rank);
-            if clock.now(rank) > time || woken.iter().any(is_first) {
+        queued[rank as usize] = false;
+        if time < clock.now(rank) {
+            // It has got into a reduction since.
+            woken.push(rank);
+        }
+        while woken.is_empty() && run.advance(rank, ledger, clock, &mut woken) == Progress::Ran {
+            let next = (clock.now(rank), rank);
+            if !woken.is_empty() || queue.peek().is_some_and(|&Reverse(first)| first < next) {
                 woken.push(rank);
-                break;
             }
         }
         for rank in woken.drain(..) {
-            queue.push(Reverse((clock.now(rank), rank)));
+            if !std::mem::replace(&mut queued[rank as usize], true) {
+                queue.push(Reverse((clock.now(rank), rank)));
+            }
         }
     }
 }

@@ -212,6 +212,7 @@ impl Cluster {
         let counts = file.devices.iter().map(|entry| u64::from(entry.count));
         refuse_too_many(&file.name, counts.sum())?;
         refuse_long_names(&file)?;
+        refuse_far_nodes(&file)?;
         let mut devices = Vec::new();
         for entry in &file.devices {
             let device = entry.device()?;
@@ -267,6 +268,14 @@ fn refuse_long_names(file: &File) -> Result<(), CostError> {
     let problem = format!("{place} has {} bytes, needed at most {MAX_NAME_BYTES}", name.len());
     let shown = file.name.chars().take(32).collect();
     Err(CostError::BadCluster { name: shown, problem })
+}
+
+fn refuse_far_nodes(file: &File) -> Result<(), CostError> {
+    let far = file.devices.iter().position(|entry| entry.node >= Cluster::MAX_DEVICES);
+    let Some(index) = far else { return Ok(()) };
+    let (node, most) = (file.devices[index].node, Cluster::MAX_DEVICES - 1);
+    let problem = format!("`devices` {index} has {node} for `node`, needed 0 to {most}");
+    Err(CostError::BadCluster { name: file.name.clone(), problem })
 }
 
 impl Device {
@@ -367,6 +376,7 @@ mod tests {
                 "devices = [{kind = \"cpu\"}]\n[intra_node]\nlatency_ns = 1\nbytes_per_second = 0",
             ),
             refused("devices = [{kind = \"cpu\", count = 4294967295}]"),
+            refused("devices = [{kind = \"cpu\", node = 4294967295}]"),
             refused(&long),
             Cluster::parse("cpu:65536x65536").unwrap_err().to_string(),
             refused("devices = [{kind = \"cpu\", count = 4294967296}]"),
@@ -376,6 +386,7 @@ mod tests {
         the cluster `` cannot be used: device 1 (`cpu`) has 0 for `flops_per_second`, needed at least 1
         the cluster `` cannot be used: `intra_node` has 0 for `bytes_per_second`, needed at least 1
         the cluster `` cannot be used: it has 4294967295 devices, needed at most 65536
+        the cluster `` cannot be used: `devices` 0 has 4294967295 for `node`, needed 0 to 65535
         the cluster `` cannot be used: the kind of `devices` 0 has 1048576 bytes, needed at most 256
         the cluster `cpu:65536x65536` cannot be used: it has 4294967296 devices, needed at most 65536
         the cluster file is not valid: TOML parse error at line 1, column 35

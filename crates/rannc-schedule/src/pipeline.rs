@@ -318,8 +318,8 @@ impl Stage {
             .collect()
     }
 
-    /// What is wrong with the shares, if anything.
-    pub fn shares_problem(&self) -> Option<String> {
+    /// What is wrong with the shares.
+    fn shares_problem(&self) -> Option<String> {
         if self.shares.is_empty() {
             return None;
         }

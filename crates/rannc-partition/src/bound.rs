@@ -65,6 +65,13 @@ impl Ground<'_> {
         least.unwrap_or_default()
     }
 
+    /// For each number of microbatches a time that no microbatch passes the model and back in less.
+    pub(crate) fn paths(&self, microbatches: &[u64]) -> Vec<u64> {
+        let path = self.path();
+        let along = microbatches.iter().map(|&microbatches| self.along(&path, microbatches));
+        along.map(|(fastest, memory)| fastest.max(memory)).collect()
+    }
+
     fn owned(&self) -> impl Iterator<Item = NodeId> + '_ {
         self.graph.node_ids().filter(|&id| self.atoms.of(id).is_some())
     }

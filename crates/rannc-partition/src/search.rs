@@ -32,6 +32,9 @@ const MAX_UNITS: usize = 64;
 const MAX_BLOCKS: usize = 1024;
 /// What the exact programme may cost, by its own estimate; beyond it is approximated.
 const EXACT_EFFORT: u64 = 1 << 20;
+/// Once something is found the search ends after so many stages were priced: what it might still
+/// find is worth less than its time.
+const MOST_PRICED: u64 = 12_000_000;
 /// Problems that are solved at once.
 const AT_ONCE: usize = 4;
 /// The blocks around a cut are cut into so many pieces to find a better place for it.
@@ -229,21 +232,8 @@ impl<'g> Partitioner<'g> {
         cluster: &Cluster,
         options: &Options,
     ) -> LowerBound {
-        let classes = cluster.classes(options.num_devices);
-        let limits = limits(&classes, options);
-        let ground = Ground {
-            graph: self.graph,
-            atoms: &self.atoms,
-            costs,
-            classes: &classes,
-            limits: &limits,
-            training: &options.training,
-            sharding: options.sharding,
-            batch_rows: options.batch_rows,
-        };
-        let splittable = self.graph.batch().splittable;
-        let counts = if splittable { microbatch_candidates(options) } else { vec![1] };
-        ground.bound(&counts)
+        let search = Search::new(self, costs, cluster, options);
+        search.ground().bound(&search.microbatch_counts())
     }
 
     fn line(&self, costs: &DeviceCosts<'_>, key: &LineKey) -> Arc<Line> {
@@ -540,8 +530,7 @@ impl<'a, 'g> Search<'a, 'g> {
         facts: &'b FactCache<'b>,
         may_idle: bool,
     ) -> Vec<Case<'b>> {
-        let splittable = self.partitioner.graph.batch().splittable;
-        let counts = if splittable { microbatch_candidates(self.options) } else { vec![1] };
+        let counts = self.microbatch_counts();
         let shapes = self.shapes(runs.num_blocks(), self.fewest_stages());
         let case = |microbatches| {
             let setting = self.setting(microbatches);
@@ -596,14 +585,34 @@ impl<'a, 'g> Search<'a, 'g> {
         shapes
     }
 
+    fn ground(&self) -> Ground<'_> {
+        Ground {
+            graph: self.partitioner.graph,
+            atoms: &self.partitioner.atoms,
+            costs: self.costs,
+            classes: &self.classes,
+            limits: &self.limits,
+            training: &self.options.training,
+            sharding: self.options.sharding,
+            batch_rows: self.options.batch_rows,
+        }
+    }
+
+    fn microbatch_counts(&self) -> Vec<u64> {
+        let splittable = self.partitioner.graph.batch().splittable;
+        if splittable { microbatch_candidates(self.options) } else { vec![1] }
+    }
+
     /// The best divisions of all problems, best first.
     fn solve(&self, cases: &[Case<'_>]) -> Vec<Found> {
         let schedules = &self.options.schedules;
+        let paths = self.ground().paths(&self.microbatch_counts());
         let mut problems = Vec::new();
         for (case_index, case) in cases.iter().enumerate() {
             for (layout_index, layout) in case.layouts.iter().enumerate() {
                 for (schedule, &kind) in schedules.iter().enumerate() {
-                    let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                    let mut problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                    problem.least_sum = paths[case_index];
                     let place = (case_index, layout_index);
                     problems.push((problem.bound(), place, schedule, problem));
                 }
@@ -612,11 +621,12 @@ impl<'a, 'g> Search<'a, 'g> {
         problems.sort_by_key(|(bound, place, schedule, _)| (*bound, *place, *schedule));
         let mut found: Vec<Found> = Vec::new();
         let mut best = u64::MAX;
+        let mut priced = 0;
         let total = problems.len() as u64;
         for (done, chunk) in problems.chunks_mut(AT_ONCE).enumerate() {
             self.progress.update("searching divisions", (done * AT_ONCE) as u64, total);
             let most = best.saturating_add(best / WORST_OVER_BEST);
-            if chunk[0].0 > most {
+            if chunk[0].0 > most || (priced > MOST_PRICED && !found.is_empty()) {
                 break;
             }
             // All of a chunk know the same best, so that threads change nothing.
@@ -628,6 +638,7 @@ impl<'a, 'g> Search<'a, 'g> {
                     _ => problem.approximate(most),
                 })
                 .collect();
+            priced += chunk.iter().map(|(.., problem)| problem.priced.get()).sum::<u64>();
             for ((_, place, schedule, problem), divisions) in chunk.iter().zip(solved) {
                 for division in divisions {
                     best = best.min(division.step_ns);
@@ -635,6 +646,7 @@ impl<'a, 'g> Search<'a, 'g> {
                 }
             }
         }
+        log::debug!("{priced} stages priced");
         log::debug!("{} problems, {} divisions", problems.len(), found.len());
         found.sort();
         found

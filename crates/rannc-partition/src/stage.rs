@@ -23,7 +23,7 @@
 //! `O(stages * blocks^2 * units^2)` transitions, each times the divisions kept, less what the bound
 //! cuts off. Where that is too much, see [`crate::threshold`].
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 use rannc_cost::ScheduleKind;
@@ -41,6 +41,10 @@ pub(crate) struct Problem<'a> {
     /// For the blocks before each: device time and time of one microbatch at best.
     pub(crate) remaining: &'a [(u64, u64)],
     prices: RefCell<FxHashMap<(usize, usize, u64), Option<StageCost>>>,
+    /// A time that no microbatch passes the whole model and back in less.
+    pub(crate) least_sum: u64,
+    /// How often a stage was priced.
+    pub(crate) priced: Cell<u64>,
     /// How many units a run with some microbatches in flight needs to keep within a time.
     pub(crate) enough: RefCell<FxHashMap<(usize, u64, u64), usize>>,
 }
@@ -130,6 +134,8 @@ impl<'a> Problem<'a> {
             layout,
             schedule,
             remaining,
+            least_sum: 0,
+            priced: Cell::new(0),
             prices: RefCell::default(),
             enough: RefCell::default(),
         }
@@ -159,7 +165,7 @@ impl<'a> Problem<'a> {
     pub(crate) fn bound(&self) -> u64 {
         let devices: usize = self.layout.units.iter().map(Vec::len).sum();
         let (work, fastest) = self.remaining[self.num_blocks()];
-        self.step_ns(work.div_ceil(devices.max(1) as u64), fastest, 0)
+        self.step_ns(work.div_ceil(devices.max(1) as u64), fastest.max(self.least_sum), 0)
     }
 
     /// The best division for each number of stages that the layout allows and that fits, by
@@ -237,6 +243,7 @@ impl<'a> Problem<'a> {
     }
 
     pub(crate) fn price(&self, blocks: Range2, units: Range2, in_flight: u64) -> Option<StageCost> {
+        self.priced.set(self.priced.get() + 1);
         let set = self.layout.set_id(units.0, units.1);
         let run = run_index(self.num_blocks(), blocks.0, blocks.1);
         if let Some(plain) = self.pricer.price_plain(blocks, self.layout.set(set), in_flight) {

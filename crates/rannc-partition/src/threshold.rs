@@ -93,7 +93,8 @@ impl Problem<'_> {
         if self.microbatches() == 1 {
             return self.fits().then(|| fastest.max(1));
         }
-        let most = bound.saturating_sub(fastest) / (self.microbatches() - 1).max(1);
+        let most =
+            bound.saturating_sub(fastest.max(self.least_sum)) / (self.microbatches() - 1).max(1);
         if high_enough(low) {
             return Some(low);
         }

@@ -161,6 +161,17 @@ impl<'a> Evaluator<'a> {
         memory
     }
 
+    /// Whether every replica has rows in every microbatch, and no rank takes too much memory.
+    pub(crate) fn is_possible(&self, candidate: &Candidate) -> bool {
+        let fewest_rows = self.options.batch_rows / candidate.microbatches.max(1);
+        candidate.stages.iter().all(|stage| stage.ranks.len() as u64 <= fewest_rows)
+            && self
+                .memory(candidate)
+                .iter()
+                .enumerate()
+                .all(|(rank, memory)| memory.total() <= self.limit_bytes(rank))
+    }
+
     /// What a rank's device may use.
     pub(crate) fn limit_bytes(&self, rank: usize) -> u64 {
         let bytes = u128::from(self.cluster.devices[rank].memory_bytes);

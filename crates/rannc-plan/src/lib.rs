@@ -5,6 +5,7 @@
 //! plan names operators by their stable keys, so [`Placement`] can apply it to another capture of the
 //! same model (evaluation mode, another sequence length) as well as to the one it was made for.
 
+mod climb;
 mod compile;
 mod error;
 mod evaluate;

@@ -7,6 +7,7 @@ use rannc_graph::{Graph, NodeId};
 use rannc_partition::{Candidate, Partitioner, Progress};
 use rannc_schedule::{Program, Timeline};
 
+use crate::climb::neighbours;
 use crate::compile::search_options;
 use crate::evaluate::Evaluator;
 use crate::{
@@ -27,6 +28,53 @@ pub struct Planner<'a> {
     profile: Option<&'a Profile>,
     partitioner: Partitioner<'a>,
     costs: Mutex<Vec<(Vec<Device>, Arc<DeviceCosts<'a>>)>>,
+}
+
+/// The candidates simulated so far.
+struct Round<'a> {
+    evaluator: &'a Evaluator<'a>,
+    progress: &'a dyn Progress,
+    simulated: Vec<Candidate>,
+    work: u64,
+    best: Option<(u64, Candidate, Placement)>,
+}
+
+impl<'a> Round<'a> {
+    fn new(evaluator: &'a Evaluator<'a>, progress: &'a dyn Progress) -> Self {
+        Self { evaluator, progress, simulated: Vec::new(), work: 0, best: None }
+    }
+
+    /// Simulates a candidate unless it was already, or there was enough of that.
+    fn simulate(&mut self, candidate: Candidate) -> Result<(), PlanError> {
+        let work = self.evaluator.work(&candidate);
+        if self.best.is_some() && self.work + work > MOST_SIMULATED {
+            return Ok(());
+        }
+        let same = |known: &Candidate| {
+            (&known.stages, known.microbatches, known.schedule)
+                == (&candidate.stages, candidate.microbatches, candidate.schedule)
+        };
+        if self.simulated.iter().any(same) {
+            return Ok(());
+        }
+        self.work += work;
+        self.progress.update("simulating candidates", self.work, MOST_SIMULATED);
+        let placement = self.evaluator.place(&candidate);
+        let step_ns = self.evaluator.step_ns(&candidate, &placement)?;
+        log::debug!(
+            "{} stages of {:?} replicas, {} microbatches, {}: estimated {} ns, simulated {step_ns} ns",
+            candidate.stages.len(),
+            candidate.stages.iter().map(|stage| stage.ranks.len()).collect::<Vec<_>>(),
+            candidate.microbatches,
+            candidate.schedule,
+            candidate.estimate_ns,
+        );
+        self.simulated.push(candidate.clone());
+        if self.best.as_ref().is_none_or(|(least, ..)| step_ns < *least) {
+            self.best = Some((step_ns, candidate, placement));
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Planner<'a> {
@@ -55,28 +103,24 @@ impl<'a> Planner<'a> {
         let costs = self.costs(cluster)?;
         let found = self.partitioner.search(&costs, cluster, &search, progress)?;
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
-        let mut best: Option<(u64, Candidate, Placement)> = None;
-        let mut simulated = 0;
-        for (index, candidate) in found.into_iter().enumerate() {
-            let work = evaluator.work(&candidate);
-            if best.is_some() && simulated + work > MOST_SIMULATED {
-                continue;
+        let mut round = Round::new(&evaluator, progress);
+        for candidate in found {
+            round.simulate(candidate)?;
+        }
+        let counts = rannc_partition::microbatch_candidates(&search);
+        while self.graph.batch().splittable {
+            let Some((least, candidate, _)) = &round.best else { break };
+            let least = *least;
+            for next in neighbours(candidate, &counts, &search.schedules) {
+                if evaluator.is_possible(&next) {
+                    round.simulate(next)?;
+                }
             }
-            progress.update("simulating candidates", index as u64, 8);
-            simulated += work;
-            let placement = evaluator.place(&candidate);
-            let step_ns = evaluator.step_ns(&candidate, &placement)?;
-            log::debug!(
-                "candidate {index}: {} stages, {} microbatches, {}: estimated {} ns, simulated {step_ns} ns",
-                candidate.stages.len(),
-                candidate.microbatches,
-                candidate.schedule,
-                candidate.estimate_ns,
-            );
-            if best.as_ref().is_none_or(|(least, ..)| step_ns < *least) {
-                best = Some((step_ns, candidate, placement));
+            if round.best.as_ref().is_none_or(|(step_ns, ..)| *step_ns >= least) {
+                break;
             }
         }
+        let best = round.best;
         let (step_ns, candidate, placement) =
             best.expect("a search that finds nothing is an error");
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);

@@ -13,8 +13,9 @@
 //!
 //! Inputs and outputs are the exception. Rows belong to ranks in rank order, so unless a copy's ranks
 //! follow each other, its inputs come from the ranks of other copies. A folded pipeline takes them from its
-//! own ranks instead: as many rows in as many pieces, but perhaps one more or less that needs no transfer, or
-//! over another link.
+//! own ranks instead: as many rows in as many pieces, but perhaps one more or less that needs no transfer, over
+//! another link, or from a rank that gets to it sooner. In 1F1B of image models on A100 nodes that makes the
+//! step less than 2 % shorter than the whole simulation says (a test); in `fill_drain` less than 0.1 %.
 
 use std::collections::BTreeMap;
 

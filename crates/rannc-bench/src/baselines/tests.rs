@@ -17,9 +17,12 @@ struct Estimate<'a> {
 
 impl Evaluate for Estimate<'_> {
     fn step_ns(&self, candidate: &Candidate) -> Option<u64> {
-        let nodes: Vec<FixedBitSet> =
-            candidate.stages.iter().map(|stage| stage.nodes.clone()).collect();
-        stages_are_valid(self.graph, &nodes).unwrap();
+        // Looking at all of them would take most of the tests' time.
+        if self.asked.get().is_multiple_of(8) {
+            let nodes: Vec<FixedBitSet> =
+                candidate.stages.iter().map(|stage| stage.nodes.clone()).collect();
+            stages_are_valid(self.graph, &nodes).unwrap();
+        }
         let mut ranks: Vec<u32> =
             candidate.stages.iter().flat_map(|stage| stage.ranks.clone()).collect();
         assert!(candidate.stages.iter().all(|stage| stage.ranks.is_sorted()));

@@ -16,6 +16,7 @@ mod error;
 mod layout;
 mod order;
 mod price;
+mod recompute;
 mod runs;
 mod search;
 mod stage;
@@ -29,6 +30,7 @@ pub use atomic::Atoms;
 pub use block::Blocks;
 pub use bound::LowerBound;
 pub use error::{PartitionError, Remedy};
+pub use recompute::{Arrangement, Arranger, BadGroup};
 pub use search::{
     Candidate, Options, Partitioner, Progress, StageCandidate, microbatch_candidates, search,
 };

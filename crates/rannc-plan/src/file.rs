@@ -159,7 +159,7 @@ mod tests {
         plan.stages[0].recompute = vec![vec![key(0), key(1)], vec![key(2)]];
         plan.check(&graph, 2).unwrap();
         plan.stages[0].recompute = vec![vec![key(0), key(2)]];
-        insta::assert_snapshot!(plan.check(&graph, 2).unwrap_err(), @"the deployment is not valid: stage 0 cannot compute a group of `recompute` again: a path leaves the group and enters it again at `layer2/op#0`");
+        insta::assert_snapshot!(plan.check(&graph, 2).unwrap_err(), @"the deployment is not valid: group 0 of stage 0's `recompute` is not convex: a path leaves it, to `layer1/op#0`, and enters it again");
     }
 
     #[test]
@@ -190,7 +190,7 @@ mod tests {
         the deployment is not valid: the operator `a` is listed in stages 0 and 0
         the deployment is not valid: stage 0 has 1 shares for 2 ranks, needed one for each
         the deployment is not valid: stage 0 has a share of 0, needed 1 to 1099511627776
-        the deployment is not valid: stage 0 lists `a` twice in `recompute`
+        the deployment is not valid: group 1 of stage 0's `recompute` has `a`, which is in group 0 already
         ");
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fixedbitset::FixedBitSet;
 use rannc_cost::{Cluster, ScheduleKind, Sharding};
 use rannc_graph::{Graph, NodeId, Rows, Users, Value, ValueId, ValueKind};
-use rannc_partition::{Candidate, StageCandidate};
+use rannc_partition::{Arrangement, Arranger, Candidate, StageCandidate};
 use rannc_schedule::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, Program, RankId, Stage, StageId, Transport,
 };
@@ -28,7 +28,8 @@ pub struct PlacedStage {
     pub shares: Vec<u64>,
     /// What each replica keeps only a part of.
     pub sharding: Sharding,
-    /// Its operators in topological order, those that depend on no input included.
+    /// Its operators in the order in which they run, those that depend on no input included; each
+    /// group of `recompute` is together.
     pub nodes: Vec<NodeId>,
     /// Values it receives, ascending.
     pub inputs: Vec<ValueId>,
@@ -36,8 +37,8 @@ pub struct PlacedStage {
     pub outputs: Vec<ValueId>,
     /// Parameters, buffers and constants it reads, ascending.
     pub state: Vec<ValueId>,
-    /// Convex groups of its operators whose inner values are computed again in backward; each in
-    /// topological order.
+    /// Groups of its operators whose inner values are computed again in backward, each in the order
+    /// in which they run.
     pub recompute: Vec<Vec<NodeId>>,
 }
 
@@ -67,7 +68,8 @@ pub struct Placement {
 
 impl Plan {
     /// Applies the plan to a graph of its model. Operators that the plan does not know (another mode of
-    /// the model may have some) go where their parameters and inputs are.
+    /// the model may have some) go where their parameters and inputs are; groups to compute again that
+    /// this graph does not allow are left out.
     ///
     /// # Errors
     ///
@@ -141,17 +143,7 @@ impl Plan {
                 ));
             }
         }
-        for (index, (nodes, stage)) in parts.iter().zip(&self.stages).enumerate() {
-            for group in recomputed(graph, nodes, &stage.recompute) {
-                if let Some(id) = entered_again(graph, &group) {
-                    return invalid(format!(
-                        "stage {index} cannot compute a group of `recompute` again: a path leaves \
-                         the group and enters it again at `{}`",
-                        graph.node(id).key
-                    ));
-                }
-            }
-        }
+        self.check_recompute(graph, &parts)?;
         if !graph.batch().splittable
             && (self.microbatches > 1 || self.stages.iter().any(|stage| stage.ranks.len() > 1))
         {
@@ -159,6 +151,23 @@ impl Plan {
                 "the model's batch cannot be split ({}), so it needs 1 microbatch and 1 rank per stage",
                 graph.batch().reason.as_deref().unwrap_or("capture gave no reason")
             ));
+        }
+        Ok(())
+    }
+
+    fn check_recompute(&self, graph: &Graph, parts: &[FixedBitSet]) -> Result<(), PlanError> {
+        if self.stages.iter().all(|stage| stage.recompute.is_empty()) {
+            return Ok(());
+        }
+        let arranger = Arranger::new(graph);
+        for (index, (part, stage)) in parts.iter().zip(&self.stages).enumerate() {
+            let groups = recomputed(graph, part, &stage.recompute);
+            if let Err(bad) = arranger.arrange(part, &groups) {
+                return invalid(format!(
+                    "group {} of stage {index}'s `recompute` {}",
+                    bad.group, bad.problem
+                ));
+            }
         }
         Ok(())
     }
@@ -196,10 +205,9 @@ impl Plan {
                     ));
                 }
             }
-            let mut again: BTreeSet<&str> = BTreeSet::new();
-            if let Some(key) = stage.recompute.iter().flatten().find(|key| !again.insert(key)) {
-                return invalid(format!("stage {index} lists `{key}` twice in `recompute`"));
-            }
+        }
+        for (index, stage) in self.stages.iter().enumerate() {
+            check_groups(index, &stage.recompute, &owner)?;
         }
         Ok(())
     }
@@ -225,43 +233,47 @@ impl Plan {
     }
 }
 
-/// The groups of a stage to compute again, by what this graph knows of their keys.
+/// Checks that the groups of a stage to compute again are parts of it, each for itself.
+fn check_groups(
+    stage: usize,
+    groups: &[Vec<String>],
+    owner: &BTreeMap<&str, usize>,
+) -> Result<(), PlanError> {
+    let mut group_of: BTreeMap<&str, usize> = BTreeMap::new();
+    for (index, group) in groups.iter().enumerate() {
+        let name = format!("group {index} of stage {stage}'s `recompute`");
+        if group.is_empty() {
+            return invalid(format!("{name} is empty; leave it out"));
+        }
+        for key in group {
+            match owner.get(key.as_str()) {
+                Some(&other) if other == stage => {}
+                Some(other) => {
+                    return invalid(format!("{name} has `{key}`, which is of stage {other}"));
+                }
+                None => {
+                    return invalid(format!("{name} has `{key}`, which no stage lists"));
+                }
+            }
+            if let Some(first) = group_of.insert(key, index) {
+                return invalid(format!("{name} has `{key}`, which is in group {first} already"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The groups of a stage to compute again, by what this graph knows of their keys; perhaps empty.
 fn recomputed(graph: &Graph, nodes: &FixedBitSet, groups: &[Vec<String>]) -> Vec<Vec<NodeId>> {
     if groups.is_empty() {
         return Vec::new();
     }
     let ids: BTreeMap<&str, NodeId> =
         nodes.ones().map(NodeId::new).map(|id| (graph.node(id).key.as_str(), id)).collect();
-    let known = groups.iter().map(|group| {
-        let mut known: Vec<NodeId> =
-            group.iter().filter_map(|key| ids.get(key.as_str()).copied()).collect();
-        known.sort_unstable();
-        known
-    });
-    known.filter(|group| !group.is_empty()).collect()
-}
-
-/// The first operator of a group, in topological order, that reads what an operator outside made of
-/// values of the group.
-fn entered_again(graph: &Graph, group: &[NodeId]) -> Option<NodeId> {
-    let (first, last) = (group.first()?, group.last()?);
-    let inside = |id: &NodeId| group.binary_search(id).is_ok();
-    let mut left: BTreeSet<ValueId> = BTreeSet::new();
-    for id in (first.index()..=last.index()).map(NodeId::new) {
-        let node = graph.node(id);
-        let reads_left = node.inputs.iter().any(|value| left.contains(value));
-        if inside(&id) {
-            if reads_left {
-                return Some(id);
-            }
-            continue;
-        }
-        let from_group = |value: &ValueId| graph.producer(*value).is_some_and(|made| inside(&made));
-        if reads_left || node.inputs.iter().any(from_group) {
-            left.extend(&node.outputs);
-        }
-    }
-    None
+    let known = |group: &Vec<String>| {
+        group.iter().filter_map(|key| ids.get(key.as_str()).copied()).collect()
+    };
+    groups.iter().map(known).collect()
 }
 
 fn invalid<T>(problem: String) -> Result<T, PlanError> {
@@ -400,17 +412,20 @@ fn transport(value: &Value) -> Transport {
 }
 
 fn placed_stages(graph: &Graph, parts: Vec<StageCandidate>, flows: &[Flow]) -> Vec<PlacedStage> {
+    let recomputes = parts.iter().any(|part| !part.recompute.is_empty());
+    let arranger = recomputes.then(|| Arranger::new(graph));
+    let arranged = |part: &StageCandidate| match &arranger {
+        Some(arranger) => arranger.arrange_possible(&part.nodes, &part.recompute),
+        None => Arrangement::plain(&part.nodes),
+    };
     let mut stages: Vec<PlacedStage> = parts
         .into_iter()
-        .map(|part| PlacedStage {
-            ranks: part.ranks,
-            shares: part.shares,
-            sharding: part.sharding,
-            nodes: part.nodes.ones().map(NodeId::new).collect(),
-            inputs: Vec::new(),
-            outputs: Vec::new(),
-            state: state_of(graph, &part.nodes),
-            recompute: part.recompute,
+        .map(|part| {
+            let Arrangement { order: nodes, groups: recompute } = arranged(&part);
+            let state = state_of(graph, &part.nodes);
+            let StageCandidate { ranks, shares, sharding, .. } = part;
+            let (inputs, outputs) = (Vec::new(), Vec::new());
+            PlacedStage { ranks, shares, sharding, nodes, inputs, outputs, state, recompute }
         })
         .collect();
     for flow in flows {
@@ -496,3 +511,6 @@ fn pipeline_groups(graph: &Graph, stages: &[PlacedStage], groups: &[Group]) -> V
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

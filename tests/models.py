@@ -140,8 +140,8 @@ def _keyword_batch(rows: int, generator: torch.Generator, dtype: torch.dtype) ->
     return (x,), {"mask": mask, "scale": 0.5}
 
 
-def _small_gpt() -> nn.Module:
-    return GPT(GPTConfig(vocabulary=17, context=8, width=8, heads=2, layers=2))
+def _small_gpt(dropout: float = 0.0) -> nn.Module:
+    return GPT(GPTConfig(17, context=8, width=8, heads=2, layers=2, dropout=dropout))
 
 
 def _gpt_batch(rows: int, generator: torch.Generator, dtype: torch.dtype) -> Arguments:
@@ -216,7 +216,10 @@ CASES: tuple[Case, ...] = (
 
 QUICK_CASES: tuple[Case, ...] = tuple(case for case in CASES if not case.slow)
 
+# Draws random numbers, so it is equal to nothing but itself.
+RANDOM_CASE = Case("dropout_gpt", lambda: _small_gpt(0.2), _gpt_batch)
+
 
 def case(name: str) -> Case:
     """The case of this name."""
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in (*CASES, RANDOM_CASE) if case.name == name)

@@ -156,7 +156,7 @@ class PlacedStage:
     @property
     def nodes(self, /) -> list[str]:
         """
-        Keys of its operators in topological order.
+        Keys of its operators in the order in which they run.
         """
     @property
     def outputs(self, /) -> list[int]:
@@ -167,6 +167,12 @@ class PlacedStage:
     def ranks(self, /) -> list[int]:
         """
         The processes that hold a replica.
+        """
+    @property
+    def recompute(self, /) -> list[list[str]]:
+        """
+        Groups of these whose inner values are computed again in backward; each is together in
+        `nodes`.
         """
 
 @final
@@ -255,6 +261,12 @@ class Plan:
     def stage_ranks(self, /) -> list[list[int]]:
         """
         The ranks of each stage.
+        """
+    @property
+    def stage_sharding(self, /) -> list[str]:
+        """
+        What the replicas of each stage divide among themselves: `none`, `optimizer`, `gradients` or
+        `parameters`.
         """
     def to_json(self, /) -> str:
         """

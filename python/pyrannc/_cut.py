@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import checkpoint
 
-from ._flat import is_value, operator_of, written_arguments
+from ._flat import is_value, operator_of, outputs_of, written_arguments
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 EXTRAS = ("rows", "row_share")
 
@@ -39,7 +41,8 @@ def cut(
     inputs: list[fx.Node],
     wanted: list[fx.Node],
     *,
-    only: set[fx.Node] | None = None,
+    only: Sequence[fx.Node] | None = None,
+    recompute: Sequence[Sequence[fx.Node]] = (),
     name: str = "Part",
     always: tuple[str, ...] = (),
 ) -> Part:
@@ -49,53 +52,155 @@ def cut(
         source: the flat graph.
         inputs: values that are given; each becomes an argument.
         wanted: values that are returned.
-        only: the operators of the part, including those that only write; by default all that
-            `wanted` needs.
+        only: the operators of the part in the order in which they run, including those that only
+            write; by default all that `wanted` needs.
+        recompute: operators of `only`, each group together there, whose inner values are not kept
+            for the backward but computed again in it.
         name: class name of the module.
         always: extras that are arguments even when nobody needs them.
     """
     needed = _needed(source.graph, inputs, wanted, only)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copier = _Copier(source)
     for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    placeholders = [n for n in source.graph.nodes if n.op == "placeholder" and n not in copies]
+        copier.argument(node)
+    placeholders = [n for n in source.graph.nodes if n.op == "placeholder" and n not in inputs]
     extras = [node for node in placeholders if node in needed or node.name in always]
     for node in extras:
-        copies[node] = graph.placeholder(node.name)
+        copier.argument(node)
     for node in _written_inputs(inputs, needed):
-        copies[node] = graph.call_function(torch.ops.aten.clone.default, (copies[node],))
-    attributes = {}
-    for node in needed:
-        if node in copies:
-            continue
-        if node.op == "placeholder":
-            message = f"a part of the model needs its input `{node.name}`, which it is not given"
-            raise CaptureError(message)
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op in ("get_attr", "call_module"):
-            target = str(node.target)
-            attributes[target] = _attribute(source, target)
-    graph.output(tuple(copies[node] for node in wanted))
+        copier.clone(node)
+    for part in recompute:
+        copier.announce(part, wanted)
+    for node in [*(needed if only is None else only), *wanted]:
+        copier.copy(node)
+    module = copier.module(wanted, name)
     state = [str(node.target) for node in needed if node.op == "get_attr" and is_value(node)]
-    module = fx.GraphModule(attributes, graph, name)
     dtypes = {node.name: node.meta["example"].dtype for node in extras if "example" in node.meta}
     return Part(module, [node.name for node in extras], state, dtypes)
 
 
+class _Copier:
+    """Copies nodes of a flat graph into a graph of their own."""
+
+    def __init__(self, source: fx.GraphModule) -> None:
+        self._source = source
+        self._graph = fx.Graph()
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._attributes: dict[str, object] = {}
+        self._groups: dict[fx.Node, _Group] = {}
+
+    def argument(self, node: fx.Node) -> None:
+        """Makes a node an argument."""
+        copy = self._graph.placeholder(node.name)
+        copy.meta = dict(node.meta)
+        self._copies[node] = copy
+
+    def clone(self, node: fx.Node) -> None:
+        """Has what follows use a copy of an argument's memory."""
+        copied = self._graph.call_function(torch.ops.aten.clone.default, (self._copies[node],))
+        self._copies[node] = copied
+
+    def announce(self, members: Sequence[fx.Node], wanted: Iterable[fx.Node]) -> None:
+        """Has these operators become one call whose values are computed again in backward."""
+        group = _Group.of(members, set(wanted))
+        self._groups.update(dict.fromkeys(group.members, group))
+
+    def copy(self, node: fx.Node) -> None:
+        """Copies a node, after those that it needs and that are not operators."""
+        if node in self._copies:
+            return
+        if node.op == "placeholder":
+            message = f"a part of the model needs its input `{node.name}`, which it is not given"
+            raise CaptureError(message)
+        group = self._groups.get(node)
+        for needed in node.all_input_nodes if group is None else group.inputs:
+            self.copy(needed)
+        if group is not None:
+            self._copy_group(group)
+            return
+        self._copies[node] = self._graph.node_copy(node, self._copies.__getitem__)
+        if node.op in ("get_attr", "call_module"):
+            target = str(node.target)
+            self._attributes[target] = _attribute(self._source, target)
+
+    def _copy_group(self, group: _Group) -> None:
+        inner = _Copier(self._source)
+        for node in group.inputs:
+            inner.argument(node)
+        for node in group.members:
+            inner.copy(node)
+        target = f"recompute_{len(self._attributes)}"
+        self._attributes[target] = Recomputed(inner.module(group.outputs, "Recomputed"))
+        arguments = tuple(self._copies[node] for node in group.inputs)
+        results = self._graph.call_module(target, arguments)
+        for index, node in enumerate(group.outputs):
+            self._copies[node] = self._graph.call_function(operator.getitem, (results, index))
+        # What stays inside counts as copied, too: nothing outside reads it.
+        self._copies.update({n: results for n in group.members if n not in self._copies})
+
+    def module(self, results: list[fx.Node], name: str) -> fx.GraphModule:
+        """The copies as a function that returns `results`."""
+        self._graph.output(tuple(self._copies[node] for node in results))
+        return fx.GraphModule(self._attributes, self._graph, name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Operators that become one call.
+
+    Attributes:
+        members: the operators and the items of their results, in the order in which they run.
+        inputs: what they read from others: values and sizes.
+        outputs: what others read from them.
+    """
+
+    members: list[fx.Node]
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+
+    @classmethod
+    def of(cls, operators: Sequence[fx.Node], wanted: set[fx.Node]) -> _Group:
+        members: dict[fx.Node, None] = {}
+        for node in operators:
+            members[node] = None
+            if not is_value(node):
+                members.update(dict.fromkeys(outputs_of(node)))
+        read = dict.fromkeys(node for member in members for node in member.all_input_nodes)
+        inputs = [node for node in read if node not in members and node.op != "get_attr"]
+        outputs = [
+            node
+            for node in members
+            if node in wanted or (is_value(node) and any(u not in members for u in node.users))
+        ]
+        return cls(list(members), inputs, outputs)
+
+
+class Recomputed(torch.nn.Module):
+    """Operators whose inner values are computed again in backward, with the same random numbers."""
+
+    def __init__(self, inner: fx.GraphModule) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        """Runs the operators."""
+        if not torch.is_grad_enabled():
+            return self.inner(*args)
+        return checkpoint(self.inner, *args, use_reentrant=False)
+
+
 def _needed(
-    graph: fx.Graph, inputs: list[fx.Node], wanted: list[fx.Node], only: set[fx.Node] | None
+    graph: fx.Graph, inputs: list[fx.Node], wanted: list[fx.Node], only: Sequence[fx.Node] | None
 ) -> dict[fx.Node, None]:
     """All nodes of the part, in the graph's order."""
-    given = set(inputs)
+    given, allowed = set(inputs), set(only or ())
     needed: set[fx.Node] = set()
     stack = [*wanted, *(only or ())]
     while stack:
         node = stack.pop()
         if node in needed or node in given:
             continue
-        if only is not None and operator_of(node) is not None and node not in only:
+        if only is not None and operator_of(node) is not None and node not in allowed:
             message = f"a part of the model needs `{node.name}`, which it neither has nor is given"
             raise CaptureError(message)
         needed.add(node)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _core, cluster
-from .errors import PlanError
+from .errors import DeploymentError, PlanError
 from .optimizer import state_bytes_per_parameter_byte
 from .profile import profile
 
@@ -50,8 +50,8 @@ def make_plan(
         load_deployment: a deployment file to use as it is.
 
     Raises:
-        DeploymentError: when the file is damaged, or belongs to another model or number of
-            processes.
+        DeploymentError: when the file is damaged, belongs to another model or number of
+            processes, or asks for what cannot be run yet.
         DoesNotFitError: when no plan fits the devices' memory.
         PlanError: when what the configuration forces cannot be had.
     """
@@ -63,9 +63,10 @@ def make_plan(
             if description is None:
                 assert path is not None
                 plan = _core.Plan.load(path)
-                plan.check(graph, comm.world_size)
             else:
                 plan = _search(comm, captured, graph, optimizer, batch_rows, config, description)
+            plan.check(graph, comm.world_size)
+            _refuse_sharding(plan)
             if config.save_deployment:
                 plan.save(config.deployment_file)
             outcome = plan.to_json()
@@ -76,6 +77,16 @@ def make_plan(
         raise outcome
     assert isinstance(outcome, str)
     return _core.Plan.from_json(outcome)
+
+
+def _refuse_sharding(plan: _core.Plan) -> None:
+    for stage, sharding in enumerate(plan.stage_sharding):
+        if sharding != "none":
+            message = (
+                f"stage {stage} of the deployment has the sharding `{sharding}`, but only `none` "
+                "can be run yet: every replica keeps all parameters and optimizer state"
+            )
+            raise DeploymentError(message, "set it to `none` in the file, or plan without sharding")
 
 
 def _search(

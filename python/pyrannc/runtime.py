@@ -295,7 +295,7 @@ class Runtime:
         self, captured: Captured, graph: _core.Graph, placement: _core.Placement
     ) -> _Variant:
         stages = {
-            index: build_stage(captured, stage.nodes, stage.inputs, stage.outputs)
+            index: build_stage(captured, stage.nodes, stage.inputs, stage.outputs, stage.recompute)
             for index, stage in enumerate(placement.stages)
             if self.comm.rank in stage.ranks
         }

@@ -64,15 +64,21 @@ class StageModule:
 
 
 def build_stage(
-    captured: Captured, node_keys: Sequence[str], inputs: Sequence[int], outputs: Sequence[int]
+    captured: Captured,
+    node_keys: Sequence[str],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    recompute: Sequence[Sequence[str]] = (),
 ) -> StageModule:
     """The stage that runs the operators with the given keys.
 
     Args:
         captured: the model.
-        node_keys: keys of the stage's operators, in any order.
+        node_keys: keys of the stage's operators, in the order in which they run.
         inputs: ids of the values that it is given.
         outputs: ids of the values that it gives.
+        recompute: keys of operators, each group together in `node_keys`, whose inner values are
+            not kept for the backward but computed again in it.
 
     Raises:
         CaptureError: when an operator needs a value that the stage neither has nor is given.
@@ -86,7 +92,8 @@ def build_stage(
         captured.module,
         [nodes[value] for value in inputs],
         [nodes[value] for value in outputs],
-        only={captured.node_by_key[key] for key in node_keys},
+        only=[captured.node_by_key[key] for key in node_keys],
+        recompute=[[captured.node_by_key[key] for key in group] for group in recompute],
         name="Stage",
     )
     stage = StageModule(list(inputs), list(outputs), part)

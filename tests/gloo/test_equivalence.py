@@ -173,6 +173,14 @@ def test_uneven_shares(pools: Pools, name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["fill_drain", "1f1b"])
+def test_uneven_shares_of_four_ranks(pools: Pools, schedule: str, tmp_path: Path) -> None:
+    shares = ((1, 2, 1), (3, 1))
+    ranks = ((0, 1, 2), (1, 3))
+    setup = Setup(ROWS[4], microbatches=2, stage_ranks=ranks, shares=shares, schedule=schedule)
+    check(pools, case("gpt"), setup, tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["fill_drain", "1f1b"])
 @pytest.mark.parametrize("name", ["gpt", "loss_out", "masked_loss"])
 def test_both_schedules(pools: Pools, name: str, schedule: str, tmp_path: Path) -> None:
     most = 2 if name == "loss_out" else 4

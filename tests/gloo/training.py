@@ -30,6 +30,9 @@ class Setup:
         microbatches: forced microbatches.
         stage_ranks: a deployment written by hand, in place of a planned one.
         shares: for each of these stages, how its replicas divide the rows; equally if empty.
+        recompute: how many operators of the deployment written by hand form a group whose values
+            are computed again in backward; those of a stage that are left form another.
+        seed: of random numbers in the model, on every rank.
         schedule: forced schedule.
         gather_inputs: as for `RaNNCModule`.
         input_gradients: whether floating-point inputs require gradients.
@@ -40,6 +43,8 @@ class Setup:
     microbatches: int = 0
     stage_ranks: tuple[tuple[int, ...], ...] = ()
     shares: tuple[tuple[int, ...], ...] = ()
+    recompute: int = 0
+    seed: int | None = None
     schedule: str = "auto"
     gather_inputs: bool = True
     input_gradients: bool = False
@@ -60,7 +65,8 @@ class Setup:
 
     def __str__(self) -> str:
         layout = "-".join(str(len(ranks)) for ranks in self.stage_ranks) or f"s{self.num_stages}"
-        return f"w{self.world_size}-{layout}-m{self.microbatches}"
+        recompute = f"-r{self.recompute}" if self.recompute else ""
+        return f"w{self.world_size}-{layout}-m{self.microbatches}{recompute}"
 
 
 @dataclass
@@ -131,6 +137,8 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
         config=setup.config(),
     )
     record = Record()
+    if setup.seed is not None:
+        torch.manual_seed(setup.seed)
     for step, rows in enumerate(setup.rows):
         args, kwargs = _local_batch(chosen, setup, step, rows)
         outputs = wrapped(*args, **kwargs)
@@ -198,6 +206,10 @@ def _hand_written(chosen: Case, setup: Setup, folder: str) -> str:
         plan.pop("estimates", None)
         for stage, ranks in zip(plan["stages"], setup.stage_ranks, strict=True):
             stage["ranks"] = list(ranks)
+            if setup.recompute:
+                nodes, size = stage["nodes"], setup.recompute
+                groups = [nodes[start : start + size] for start in range(0, len(nodes), size)]
+                stage["recompute"] = groups
         for stage, shares in zip(plan["stages"], setup.shares, strict=False):
             stage["shares"] = list(shares)
         path.write_text(json.dumps(plan))

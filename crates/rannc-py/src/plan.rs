@@ -25,6 +25,7 @@ pub(crate) struct Plan {
 pub(crate) struct Placement {
     placed: rannc_plan::Placement,
     nodes: Vec<Vec<String>>,
+    recompute: Vec<Vec<Vec<String>>>,
     parameters: Vec<Vec<String>>,
 }
 
@@ -33,8 +34,11 @@ pub(crate) struct Placement {
 pub(crate) struct PlacedStage {
     /// The processes that hold a replica.
     ranks: Vec<u32>,
-    /// Keys of its operators in topological order.
+    /// Keys of its operators in the order in which they run.
     nodes: Vec<String>,
+    /// Groups of these whose inner values are computed again in backward; each is together in
+    /// `nodes`.
+    recompute: Vec<Vec<String>>,
     /// Ids of the values it receives.
     inputs: Vec<u32>,
     /// Ids of the values it hands on or returns.
@@ -137,11 +141,15 @@ impl Plan {
         let placement = self.plan.place(&graph.graph).map_err(raise_deployment)?;
         let key = |id: &rannc_graph::NodeId| graph.graph.node(*id).key.clone();
         let name = |id: &ValueId| graph.graph.value(*id).name.clone();
-        let nodes = placement.stages.iter().map(|stage| stage.nodes.iter().map(key).collect());
+        let keys = |ids: &Vec<rannc_graph::NodeId>| ids.iter().map(key).collect::<Vec<_>>();
+        let nodes = placement.stages.iter().map(|stage| keys(&stage.nodes));
+        let recompute =
+            placement.stages.iter().map(|stage| stage.recompute.iter().map(keys).collect());
         let parameters =
             placement.groups.iter().map(|group| group.parameters.iter().map(name).collect());
         Ok(Placement {
             nodes: nodes.collect(),
+            recompute: recompute.collect(),
             parameters: parameters.collect(),
             placed: placement,
         })
@@ -169,6 +177,13 @@ impl Plan {
     #[getter]
     fn stage_ranks(&self) -> Vec<Vec<u32>> {
         self.plan.stages.iter().map(|stage| stage.ranks.clone()).collect()
+    }
+
+    /// What the replicas of each stage divide among themselves: `none`, `optimizer`, `gradients` or
+    /// `parameters`.
+    #[getter]
+    fn stage_sharding(&self) -> Vec<String> {
+        self.plan.stages.iter().map(|stage| stage.sharding.to_string()).collect()
     }
 
     /// How many parts the batch is cut into.
@@ -210,10 +225,11 @@ impl Placement {
         self.placed
             .stages
             .iter()
-            .zip(&self.nodes)
-            .map(|(stage, nodes)| PlacedStage {
+            .zip(self.nodes.iter().zip(&self.recompute))
+            .map(|(stage, (nodes, recompute))| PlacedStage {
                 ranks: stage.ranks.clone(),
                 nodes: nodes.clone(),
+                recompute: recompute.clone(),
                 inputs: ids(&stage.inputs),
                 outputs: ids(&stage.outputs),
             })

@@ -105,8 +105,8 @@ fn bad_shares_are_refused() {
     };
     let found = [refused(&[1]), refused(&[1, 0]), refused(&[1, u64::MAX])];
     insta::assert_snapshot!(found.join("\n"), @r"
-    the deployment is not valid: stage 0: it has 1 shares for 2 ranks, needed one for each
-    the deployment is not valid: stage 0: the share of rank 2 is 0, needed at least 1
-    the deployment is not valid: stage 0: its shares add up to more than 18446744073709551615
+    the deployment is not valid: stage 0 has 1 shares for 2 ranks, needed one for each
+    the deployment is not valid: stage 0 has a share of 0, needed 1 to 1099511627776
+    the deployment is not valid: stage 0 has a share of 18446744073709551615, needed 1 to 1099511627776
     ");
 }

@@ -1,0 +1,144 @@
+"""Values that a plan says to compute again: nothing changes but the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import pyrannc
+from tests.gloo.pool import Failure
+from tests.gloo.test_equivalence import ROWS, check
+from tests.gloo.training import Record, Setup, train_with_rannc
+from tests.models import case
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gloo.pool import Pools
+
+pytestmark = [pytest.mark.gloo]
+
+WHOLE_STAGE = 10_000
+QUICK = [((0,),), ((0,), (1, 2, 3))]
+LAYOUTS = [((0,), (1,)), ((0, 1),), ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,))]
+
+
+def setup(
+    layout: tuple[tuple[int, ...], ...], recompute: int, microbatches: int, **options: Any
+) -> Setup:
+    world = 1 + max(rank for ranks in layout for rank in ranks)
+    return Setup(ROWS[world], 0, microbatches, stage_ranks=layout, recompute=recompute, **options)
+
+
+def ways() -> list[Any]:
+    """Layouts, schedules and sizes of groups; only some are quick."""
+    return [
+        pytest.param(layout, schedule, recompute, marks=[] if quick else [pytest.mark.slow])
+        for layout in (*QUICK, *LAYOUTS)
+        for schedule in ("fill_drain", "1f1b")
+        for recompute in (5, WHOLE_STAGE)
+        for quick in [layout in QUICK and (schedule == "1f1b") == (recompute == WHOLE_STAGE)]
+    ]
+
+
+@pytest.mark.parametrize(("layout", "schedule", "recompute"), ways(), ids=str)
+def test_a_loss_is_the_same(
+    pools: Pools,
+    layout: tuple[tuple[int, ...], ...],
+    schedule: str,
+    recompute: int,
+    tmp_path: Path,
+) -> None:
+    check(pools, case("gpt"), setup(layout, recompute, 4, schedule=schedule), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fork_join",
+        "shared_embedding",
+        pytest.param("recurrent", marks=pytest.mark.slow),
+        "masked_loss",
+        "skips",
+        pytest.param("dict_in_out", marks=pytest.mark.slow),
+    ],
+)
+def test_other_models_are_the_same(pools: Pools, name: str, tmp_path: Path) -> None:
+    chosen = setup(((0,), (1,)), 2, 2, input_gradients=name != "masked_loss")
+    check(pools, case(name), chosen, tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["fill_drain", "1f1b"])
+def test_random_numbers_are_the_same(pools: Pools, schedule: str, tmp_path: Path) -> None:
+    kept = setup(((0,), (1,)), 0, 3, schedule=schedule, seed=3)
+    expected = pools.run(2, train_with_rannc, "dropout_gpt", kept, str(tmp_path))
+    for recompute in (WHOLE_STAGE, 5):
+        again = dataclasses.replace(kept, recompute=recompute)
+        found = pools.run(2, train_with_rannc, "dropout_gpt", again, str(tmp_path))
+        for ours, theirs in zip(found, expected, strict=True):
+            same(ours, theirs)
+    other = dataclasses.replace(kept, seed=4)
+    drawn = pools.run(2, train_with_rannc, "dropout_gpt", other, str(tmp_path))
+    assert not torch.equal(drawn[0].outputs[0][0], expected[0].outputs[0][0])
+
+
+def same(ours: Record, theirs: Record) -> None:
+    """Bit by bit: the same operators ran on the same numbers."""
+    for name in ("outputs", "gradients", "state"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+
+
+def train_with(change: Callable[[Any], None], folder: str) -> None:
+    """Plans a small GPT, changes the plan's file, and trains with it."""
+    path = Path(folder) / "deployment.json"
+    chosen = case("gpt")
+    config = pyrannc.Config(measure=False, profile_cache_dir="off", timeout_s=25, partition_num=2)
+    args, _ = chosen.make_batch(2)
+    planned = pyrannc.RaNNCModule(chosen.make_model(), config=config)
+    with torch.no_grad():
+        planned(*args)
+    planned.save_deployment(path)
+    planned.undeploy()
+    if pyrannc.get_rank() == 0:
+        plan = json.loads(path.read_text())
+        change(plan)
+        path.write_text(json.dumps(plan))
+    pyrannc.barrier()
+    model = chosen.make_model()
+    pyrannc.RaNNCModule(model, load_deployment=str(path), config=config)(*args).backward()
+
+
+def take_from_another_stage(plan: Any) -> None:
+    plan["stages"][0]["recompute"] = [[plan["stages"][1]["nodes"][0]]]
+
+
+def leave_and_enter(plan: Any) -> None:
+    nodes = plan["stages"][0]["nodes"]
+    plan["stages"][0]["recompute"] = [[nodes[0], nodes[-1]]]
+
+
+def shard(plan: Any) -> None:
+    plan["stages"][1]["sharding"] = "parameters"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (take_from_another_stage, "which is of stage 1"),
+        (leave_and_enter, "is not convex: a path leaves it, to"),
+        (shard, "stage 1 of the deployment has the sharding `parameters`"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    pools: Pools, change: Callable[[Any], None], problem: str, tmp_path: Path
+) -> None:
+    for outcome in pools.outcomes(2, train_with, change, str(tmp_path)):
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == "DeploymentError"
+        assert problem in outcome.message
+        assert "hint: " in outcome.message

@@ -7,16 +7,20 @@ stage, or the model's inputs or outputs), a microbatch, a value and a pass.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from . import _slices
 from .errors import ExecutionError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from torch.autograd.graph import GradientEdge
 
     from ._core import Action, Slot, ValueInfo
     from .comm import Communicator, Received
@@ -37,7 +41,7 @@ class _InFlight:
     """What one stage keeps of one microbatch between its forward and its backward."""
 
     leaves: dict[int, torch.Tensor]
-    roots: dict[int, torch.Tensor]
+    roots: dict[int, GradientEdge]  # not the tensors: what autograd does not need may go
 
 
 @dataclass(slots=True)
@@ -132,7 +136,11 @@ class Executor:
         with torch.set_grad_enabled(step.training):
             outputs = stage(inputs, action.rows, row_share, step.denominators)
         if step.training:
-            roots = {value: t for value, t in outputs.items() if t.requires_grad}
+            roots = {
+                value: get_gradient_edge(tensor)
+                for value, tensor in outputs.items()
+                if tensor.requires_grad
+            }
             step._in_flight[action.stage, action.microbatch] = _InFlight(leaves, roots)
         for value, tensor in outputs.items():
             step.slots[action.value_slot(value)] = tensor.detach()
@@ -148,22 +156,13 @@ class Executor:
                 seeds.append(seed)
         state.roots.clear()
         parameters = {name: p for name, p in stage.parameters.items() if p.requires_grad}
-        targets = [*state.leaves.values(), *parameters.values()]
-        gradients: Sequence[torch.Tensor | None] = [None] * len(targets)
-        if roots and targets:
-            gradients = torch.autograd.grad(roots, targets, seeds, allow_unused=True)
-        num_leaves = len(state.leaves)
-        for (value, leaf), gradient in zip(
-            state.leaves.items(), gradients[:num_leaves], strict=True
-        ):
-            kept = torch.zeros_like(leaf) if gradient is None else gradient
-            step.slots[action.gradient_slot(value)] = kept.detach()
-        shared = {
-            g.untyped_storage().data_ptr()
-            for g in (*seeds, *gradients[:num_leaves])
-            if g is not None
-        }
-        _accumulate(step.gradients, parameters, gradients[num_leaves:], shared)
+        with _collecting(parameters, step.gradients, seeds, [*state.leaves.values()]):
+            targets = [*state.leaves.values(), *parameters.values()]
+            if roots and targets:
+                torch.autograd.backward(roots, seeds, inputs=targets)
+        for value, leaf in state.leaves.items():
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            step.slots[action.gradient_slot(value)] = gradient.detach()
 
     def _send(self, action: Action, step: Step) -> None:
         piece = self._piece(step, action)
@@ -244,10 +243,16 @@ class Executor:
             if name not in step.gradients:
                 step.gradients[name] = torch.zeros_like(parameters[name])
         for bucket in _buckets([step.gradients[name] for name in names]):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            self.comm.all_reduce(flat, ranks)
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            self._reduce_bucket(bucket, ranks)
+
+    def _reduce_bucket(self, bucket: list[torch.Tensor], ranks: list[int]) -> None:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            self.comm.all_reduce(bucket[0], ranks)
+            return
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        self.comm.all_reduce(flat, ranks)
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _reduce_output(self, action: Action, step: Step) -> None:
         slot = action.slot
@@ -257,25 +262,44 @@ class Executor:
         step.slots[slot] = self.comm.all_reduce(partial.contiguous().clone())
 
 
-def _accumulate(
-    total: dict[str, torch.Tensor],
+@contextlib.contextmanager
+def _collecting(
     parameters: dict[str, torch.nn.Parameter],
-    gradients: Sequence[torch.Tensor | None],
-    seen: set[int],
-) -> None:
-    """Adds each gradient to its parameter's sum; sums share no memory with anything in ``seen``."""
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        if name in total:
-            total[name].add_(gradient)
-            continue
-        storage = gradient.untyped_storage()
-        own = gradient.is_contiguous() and storage.nbytes() == gradient.nbytes
-        if not own or storage.data_ptr() in seen:
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        seen.add(gradient.untyped_storage().data_ptr())
-        total[name] = gradient.detach()
+    total: dict[str, torch.Tensor],
+    seeds: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+) -> Iterator[None]:
+    """Has a backward in the body add each parameter's gradient to its sum as soon as it is there.
+
+    The sums are lent to autograd as ``.grad``: so never are there two gradients of all parameters.
+    Afterwards they share no memory with each other, ``seeds``, or the gradients of ``leaves``.
+    """
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.grad = total.get(name)
+        yield
+        others = [*seeds, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+        seen = {tensor.untyped_storage().data_ptr() for tensor in others}
+        for name, parameter in parameters.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if name not in total:
+                total[name] = gradient = _own(gradient, seen)
+            seen.add(gradient.untyped_storage().data_ptr())
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
+
+
+def _own(gradient: torch.Tensor, seen: set[int]) -> torch.Tensor:
+    """The gradient as a dense tensor that shares no memory with anything in ``seen``."""
+    storage = gradient.untyped_storage()
+    own = gradient.is_contiguous() and storage.nbytes() == gradient.nbytes
+    if own and storage.data_ptr() not in seen:
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _buckets(

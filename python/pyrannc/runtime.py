@@ -352,11 +352,11 @@ class Runtime:
                 state.free(parameter)
 
     def publish(self, gradients: dict[str, torch.Tensor], scale: torch.Tensor | None) -> None:
-        """Adds a step's gradients to ``.grad``, as a backward of the bare model would."""
-        for name, gradient in gradients.items():
-            parameter = self.parameters[name]
+        """Moves a step's gradients to ``.grad``, as a backward of the bare model would."""
+        for name in list(gradients):
+            parameter, gradient = self.parameters[name], gradients.pop(name)
             if scale is not None:
-                gradient = gradient * scale
+                gradient.mul_(scale)
             if parameter.grad is None:
                 parameter.grad = gradient
             else:
@@ -415,7 +415,6 @@ class _Finish:
                 self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
             self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
         self.runtime.publish(self.step.gradients, scale)
-        self.step.gradients.clear()
         return [self._input_gradient(value, scale) for value in self.variant.graph.inputs]
 
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,10 @@
 use crate::depend::{Access, Resource, Resources};
 use crate::run::{At, Observer};
 use crate::script::{Move, Op, Script, Work};
-use crate::simulate::{Event, Memory, RankTimeline, Timeline, Timing};
-use crate::{Action, Pass, Pipeline, Place, RankId, Slot};
+use crate::simulate::{Event, Memory, PeakMemory, RankTimeline, Timeline, Timing};
+use crate::{Action, Pass, Pipeline, Place, RankId, Slot, StageId};
+
+const NOTHING: (u64, Use) = (0, Use::Buffers);
 
 /// Knows the time of each rank and of everything that has happened.
 pub(crate) struct Clock<'a> {
@@ -24,7 +26,7 @@ pub(crate) struct Clock<'a> {
     /// Per resource, when it is complete.
     ready: Vec<u64>,
     /// Per resource, the memory it takes.
-    held: Vec<u64>,
+    held: Vec<(u64, Use)>,
     /// The end of the last event.
     end: u64,
 }
@@ -40,28 +42,61 @@ struct Rank {
     /// When its last transfer in is done.
     received: u64,
     /// Changes of its memory.
-    changes: Vec<(u64, i64)>,
+    changes: Vec<(u64, i64, Use)>,
+    /// Stages whose parameters have gradients.
+    accumulated: Vec<StageId>,
     /// Events with their pass and position.
     events: Vec<(usize, u32, Event)>,
 }
 
 impl Rank {
-    fn change(&mut self, time: u64, bytes: u64, sign: i64) {
+    fn change(&mut self, time: u64, bytes: u64, sign: i64, purpose: Use) {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         if bytes > 0 {
-            self.changes.push((time, sign * bytes));
+            self.changes.push((time, sign * bytes, purpose));
         }
     }
 
-    fn peak(&mut self) -> u64 {
-        self.changes.sort_unstable();
-        let (mut level, mut peak) = (0i64, 0);
-        for &(_, change) in &self.changes {
-            level = level.saturating_add(change);
-            peak = peak.max(level);
-        }
-        u64::try_from(peak).unwrap_or(0)
+    /// Takes memory for a while.
+    fn borrow(&mut self, from: u64, until: u64, bytes: u64, purpose: Use) {
+        self.change(from, bytes, 1, purpose);
+        self.change(until, bytes, -1, purpose);
     }
+
+    /// The most of activations and what is in transit, and all at the time of the most of everything.
+    fn peak(&mut self) -> (u64, PeakMemory) {
+        self.changes.sort_unstable();
+        let mut levels = [0_i64; 4];
+        let (mut most_activations, mut peak) = (0_i64, levels);
+        let total = |levels: &[i64; 4]| levels.iter().fold(0, |sum: i64, &n| sum.saturating_add(n));
+        for &(_, change, purpose) in &self.changes {
+            let level = &mut levels[purpose as usize];
+            *level = level.saturating_add(change);
+            let activations = levels[Use::Activations as usize];
+            let activations = activations.saturating_add(levels[Use::Buffers as usize]);
+            most_activations = most_activations.max(activations);
+            if total(&levels) > total(&peak) {
+                peak = levels;
+            }
+        }
+        let at = |purpose: Use| u64::try_from(peak[purpose as usize]).unwrap_or(0);
+        let peak = PeakMemory {
+            activations: at(Use::Activations),
+            gradients: at(Use::Gradients),
+            working: at(Use::Working),
+            buffers: at(Use::Buffers),
+        };
+        (u64::try_from(most_activations).unwrap_or(0), peak)
+    }
+}
+
+/// What memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Use {
+    Activations,
+    Gradients,
+    Working,
+    Buffers,
 }
 
 impl<'a> Clock<'a> {
@@ -85,7 +120,7 @@ impl<'a> Clock<'a> {
             posted: vec![Default::default(); script.moves.len()],
             ranks: vec![Rank::default(); pipeline.world_size as usize],
             ready: vec![0; resources.count()],
-            held: vec![0; resources.count()],
+            held: vec![NOTHING; resources.count()],
             end: 0,
         }
     }
@@ -116,10 +151,10 @@ impl<'a> Clock<'a> {
     pub(crate) fn finish(mut self) -> Timeline {
         let ends = self.ranks.iter().map(|rank| rank.now);
         let makespan_ns = ends.fold(self.end, u64::max);
-        let ranks = self.ranks.iter_mut().map(|rank| RankTimeline {
-            busy_ns: rank.busy,
-            bubble_ns: makespan_ns - rank.busy,
-            peak_activation_bytes: rank.peak(),
+        let ranks = self.ranks.iter_mut().map(|rank| {
+            let (peak_activation_bytes, peak) = rank.peak();
+            let (busy_ns, bubble_ns) = (rank.busy, makespan_ns - rank.busy);
+            RankTimeline { busy_ns, bubble_ns, peak_activation_bytes, peak }
         });
         let ranks = ranks.collect();
         for rank in &mut self.ranks {
@@ -138,14 +173,15 @@ impl<'a> Clock<'a> {
         }
     }
 
-    fn hold(&mut self, rank: u32, resource: Resource, time: u64, bytes: u64) {
-        self.held[resource as usize] = self.held[resource as usize].saturating_add(bytes);
-        self.ranks[rank as usize].change(time, bytes, 1);
+    fn hold(&mut self, rank: u32, resource: Resource, time: u64, bytes: u64, purpose: Use) {
+        let (held, _) = self.held[resource as usize];
+        self.held[resource as usize] = (held.saturating_add(bytes), purpose);
+        self.ranks[rank as usize].change(time, bytes, 1, purpose);
     }
 
     fn free(&mut self, rank: u32, resource: Resource, time: u64) {
-        let bytes = std::mem::take(&mut self.held[resource as usize]);
-        self.ranks[rank as usize].change(time, bytes, -1);
+        let (bytes, purpose) = std::mem::replace(&mut self.held[resource as usize], NOTHING);
+        self.ranks[rank as usize].change(time, bytes, -1, purpose);
     }
 
     fn written(&mut self, resource: Resource, time: u64) {
@@ -172,7 +208,10 @@ impl<'a> Clock<'a> {
         let keeps = forward && self.training && self.pipeline.stages[work.stage.index()].backward;
         if keeps {
             let bytes = self.memory.saved_bytes(work.stage, work.rows);
-            self.hold(at.rank, resources.kept_by(work), start, bytes);
+            self.hold(at.rank, resources.kept_by(work), start, bytes, Use::Activations);
+        }
+        if keeps || !forward {
+            self.take_working_memory(at.rank, work, (start, end));
         }
         resources.touch_work(work, |resource, access| match access {
             // What is kept from the inputs is already in the saved bytes.
@@ -182,7 +221,7 @@ impl<'a> Clock<'a> {
         });
         for (flow, resource) in resources.results(work) {
             let bytes = self.pipeline.flows[flow].bytes.at(work.rows);
-            self.hold(at.rank, resource, end, bytes);
+            self.hold(at.rank, resource, end, bytes, Use::Buffers);
         }
         let rank = &mut self.ranks[at.rank as usize];
         rank.now = end;
@@ -190,10 +229,28 @@ impl<'a> Clock<'a> {
         self.event(at, start, end);
     }
 
+    /// What work needs besides what it keeps, while it runs, and the gradients that it makes.
+    fn take_working_memory(&mut self, rank: u32, work: &Work, (start, end): (u64, u64)) {
+        let rank = &mut self.ranks[rank as usize];
+        let forward = work.pass == Pass::Forward;
+        let first = !forward && !rank.accumulated.contains(&work.stage);
+        let most = if forward {
+            self.memory.forward_bytes(work.stage, work.rows)
+        } else {
+            self.memory.backward_bytes(work.stage, work.rows, first)
+        };
+        let working = most.saturating_sub(self.memory.saved_bytes(work.stage, work.rows));
+        rank.borrow(start, end, working, Use::Working);
+        if first {
+            rank.accumulated.push(work.stage);
+            rank.change(end, self.memory.gradient_bytes(work.stage), 1, Use::Gradients);
+        }
+    }
+
     /// A piece arrives in a slot: its memory counts unless the slot is the caller's.
     fn arrive(&mut self, piece: &Move, time: u64) {
         if piece.to_stage {
-            self.hold(piece.to, piece.target, time, piece.bytes);
+            self.hold(piece.to, piece.target, time, piece.bytes, Use::Buffers);
         }
     }
 }
@@ -256,8 +313,15 @@ impl Observer for Clock<'_> {
             _ => unreachable!("only reductions wait for other ranks"),
         };
         let end = start.saturating_add(duration);
+        let buffers = match op {
+            Op::ReduceGradients(group) => {
+                self.memory.reduction_bytes(&self.pipeline.gradient_groups[group as usize])
+            }
+            _ => 0,
+        };
         for &at in arrived {
             self.ranks[at.rank as usize].now = end;
+            self.ranks[at.rank as usize].borrow(start, end, buffers, Use::Buffers);
             self.event(at, start, end);
         }
     }

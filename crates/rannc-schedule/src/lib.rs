@@ -45,4 +45,4 @@ pub use pipeline::{
 };
 pub use rannc_cost::ScheduleKind;
 pub use render::{grid, listing};
-pub use simulate::{Event, Memory, RankTimeline, Timeline, Timing, simulate};
+pub use simulate::{Event, Memory, PeakMemory, RankTimeline, Timeline, Timing, simulate};

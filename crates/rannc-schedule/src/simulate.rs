@@ -38,10 +38,34 @@ pub trait Timing {
     fn reduce_output_ns(&self, bytes: u64, ranks: &[RankId]) -> u64;
 }
 
-/// How much memory work keeps.
+/// How much memory work takes.
 pub trait Memory {
     /// What a stage keeps from forward to backward for this many rows, its inputs included.
     fn saved_bytes(&self, stage: StageId, rows: u64) -> u64;
+
+    /// The most at any time of a forward, what it keeps included.
+    fn forward_bytes(&self, stage: StageId, rows: u64) -> u64 {
+        self.saved_bytes(stage, rows)
+    }
+
+    /// The most at any time of a backward, what was kept included. In a step's `first` of a replica the
+    /// gradients of its parameters come to be; later they are there already and do not count.
+    fn backward_bytes(&self, stage: StageId, rows: u64, first: bool) -> u64 {
+        let _ = first;
+        self.saved_bytes(stage, rows)
+    }
+
+    /// The gradients of a stage's parameters.
+    fn gradient_bytes(&self, stage: StageId) -> u64 {
+        let _ = stage;
+        0
+    }
+
+    /// Buffers to add up the gradients of a group.
+    fn reduction_bytes(&self, group: &GradientGroup) -> u64 {
+        let _ = group;
+        0
+    }
 }
 
 /// What happened when.
@@ -64,6 +88,29 @@ pub struct RankTimeline {
     pub bubble_ns: u64,
     /// The most that saved activations and stage inputs and outputs in transit took at any time.
     pub peak_activation_bytes: u64,
+    /// Everything that is there when the most is, but for what outlives the step.
+    pub peak: PeakMemory,
+}
+
+/// What the memory of a rank goes to at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeakMemory {
+    /// Kept from forward to backward.
+    pub activations: u64,
+    /// Gradients of parameters.
+    pub gradients: u64,
+    /// What the operator that runs needs besides.
+    pub working: u64,
+    /// Inputs and outputs of stages and their gradients, in transit; and those of reductions.
+    pub buffers: u64,
+}
+
+impl PeakMemory {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        let parts = [self.activations, self.gradients, self.working, self.buffers];
+        parts.into_iter().fold(0, u64::saturating_add)
+    }
 }
 
 /// An action with its time. A send and its receive both have the time of the transfer.

@@ -334,7 +334,9 @@ def ranks_of(numbers: list[float]) -> list[float]:
 
 def report(results: list[tuple[Run, list[dict[str, Any]]]]) -> None:
     """Prints the table and what it amounts to."""
-    print("| model | stages x replicas | microbatches | predicted ms | measured ms | error ", end="")
+    print(
+        "| model | stages x replicas | microbatches | predicted ms | measured ms | error ", end=""
+    )
     print("| predicted MiB | measured MiB | error |")
     print("|---|---|---|---|---|---|---|---|---|")
     predicted, measured, time_errors, memory_errors = [], [], [], []

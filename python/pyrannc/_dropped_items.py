@@ -11,7 +11,7 @@ DROPPED_ITEMS: dict[str, str] = {
     "alloc_repl_flat": "ranks are placed by the planner",
     "alloc_solutions_file_prefix": _RERUN,
     "auto_parallel": _NEVER_USED,
-    "checkpointing": "activations are kept, not recomputed",
+    "checkpointing": "the planner decides; `recompute` allows it to",
     "checkpointing_no_last": _NEVER_USED,
     "coarsen_by_time": "blocks are always balanced by time",
     "consolidate_grads": "gradients are always reduced in buckets",
@@ -59,6 +59,6 @@ DROPPED_ITEMS: dict[str, str] = {
     "use_named_tensors": _NEVER_USED,
     "validate_comm": _NEVER_USED,
     "verify_partitioning": "every schedule is checked before it runs",
-    "verify_recomp": "activations are kept, not recomputed",
+    "verify_recomp": "what is computed again is always checked for its shapes",
     "watchdog_lockfile_dir": "every wait has a time limit, see `timeout_s`",
 }

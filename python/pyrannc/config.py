@@ -90,12 +90,15 @@ class Config:
     replica_num: int = _item(0, "replicas of every stage; 0: RaNNC decides", _whole(0))
     pipeline_num: int = _item(0, "number of microbatches; 0: RaNNC decides", _whole(0))
     min_pipeline: int = _item(1, "fewest microbatches to consider", _whole(1))
-    max_pipeline: int = _item(32, "most microbatches to consider", _whole(1))
+    max_pipeline: int = _item(512, "most microbatches to consider", _whole(1))
     max_partition_num: int = _item(
         32, "most blocks that the planner makes stages of; more is finer and slower", _whole(1)
     )
     schedule: str = _item(
         "auto", "order of forward and backward passes", _one_of("auto", "fill_drain", "1f1b")
+    )
+    recompute: bool = _item(
+        True, "let the planner save memory by computing values again in the backward", _BOOLEAN
     )
     mem_limit_gb: float = _item(
         0, "use at most this many GiB of each device; 0: all of its memory", _NOT_NEGATIVE

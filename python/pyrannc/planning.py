@@ -119,6 +119,8 @@ def _search(
         mem_limit_gb=config.mem_limit_gb,
         mem_margin=config.mem_margin,
         schedule=config.schedule,
+        recompute=config.recompute,
+        progress=True,
     )
 
 

@@ -33,7 +33,7 @@ def refusal(environ: dict[str, str]) -> str:
 def test_defaults(home: dict[str, str]) -> None:
     config = Config.load(home)
     assert config == Config()
-    assert (config.partition_num, config.max_pipeline, config.mem_margin) == (0, 32, 0.1)
+    assert (config.partition_num, config.max_pipeline, config.mem_margin) == (0, 512, 0.1)
     assert (config.schedule, config.load_deployment) == ("auto", False)
     assert config.report() == "configuration: every item has its default value"
 

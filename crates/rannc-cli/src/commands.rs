@@ -6,7 +6,6 @@ use rannc_schedule::{Mode, ScheduleKind, grid, listing};
 use serde_json::json;
 
 use crate::args::{Args, CheckArgs, Command, PlanArgs, ShowArgs};
-use crate::progress::Bar;
 use crate::{capture, input, report, simulate};
 
 /// Runs one subcommand; its exit code.
@@ -50,7 +49,7 @@ fn plan(args: &PlanArgs, verbosity: u8) -> Result<()> {
         ..defaults
     };
     let planner = Planner::new(&graph, profile.as_ref());
-    let plan = planner.plan(&cluster, &options, &Bar::new(verbosity))?;
+    let plan = planner.plan(&cluster, &options, &rannc_plan::Bar::new(verbosity == 0))?;
     if let Some(path) = &args.output {
         plan.save(path)?;
     }

@@ -5,7 +5,6 @@ mod capture;
 mod commands;
 mod input;
 mod log;
-mod progress;
 mod report;
 mod simulate;
 

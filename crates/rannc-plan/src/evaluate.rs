@@ -13,7 +13,11 @@ use rannc_schedule::{
     Batch, GradientGroup, Memory, Mode, Program, RankId, StageId, Timeline, Timing,
 };
 
+use crate::footprints::Footprints;
 use crate::{Placement, PlanError, StageEstimate, even_rows};
+
+/// Memory is played operator by operator if a step has no more forwards than that.
+const MOST_PLAYED: u64 = 1 << 12;
 
 /// What a division would cost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +101,30 @@ impl<'a> Evaluator<'a> {
         let timing = StageTiming::new(self, candidate);
         let timeline = rannc_schedule::simulate(&program, &placement.pipeline, &timing, &timing)?;
         Ok((program, timeline))
+    }
+
+    /// Memory of each rank at its worst moment of a step: played operator by operator, but added up
+    /// for sharded stages and where playing would take long.
+    pub(crate) fn peak_memory(
+        &self,
+        candidate: &Candidate,
+        placement: &Placement,
+    ) -> Result<Vec<StageMemory>, PlanError> {
+        let mut memory = self.memory(candidate);
+        let sharded = candidate.stages.iter().any(|stage| !stage.sharding.is_none());
+        if sharded || self.work(candidate) > MOST_PLAYED {
+            return Ok(memory);
+        }
+        let rows = even_rows(self.options.batch_rows, self.world_size());
+        let program = placement.program(rows, true, Mode::Training)?;
+        let timing = StageTiming::new(self, candidate);
+        let footprints = Footprints::new(self.graph, placement);
+        let timeline =
+            rannc_schedule::simulate(&program, &placement.pipeline, &timing, &footprints)?;
+        for (rank, lasting) in timeline.ranks.iter().zip(&mut memory) {
+            *lasting = footprints.peak(rank, lasting);
+        }
+        Ok(memory)
     }
 
     /// By stage, for the replica with the most rows.

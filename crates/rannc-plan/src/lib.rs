@@ -11,9 +11,11 @@ mod error;
 mod evaluate;
 mod explain;
 mod file;
+mod footprints;
 mod place;
 mod plan;
 mod planner;
+mod progress;
 
 pub use compile::{Options, compile, even_rows};
 pub use error::PlanError;
@@ -22,5 +24,6 @@ pub use explain::{duration, size};
 pub use place::{Group, PlacedStage, Placement};
 pub use plan::{BoundEstimate, Estimates, Plan, PlanStage, RankEstimate, StageEstimate};
 pub use planner::Planner;
+pub use progress::Bar;
 pub use rannc_cost::{ScheduleKind, Sharding};
 pub use rannc_partition::{Candidate, Progress, Remedy, StageCandidate};

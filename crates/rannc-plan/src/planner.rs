@@ -135,7 +135,7 @@ impl<'a> Planner<'a> {
             }),
             stages: evaluator.stage_estimates(&candidate, &placement),
             ranks: evaluator
-                .memory(&candidate)
+                .peak_memory(&candidate, &placement)?
                 .into_iter()
                 .enumerate()
                 .map(|(rank, memory)| RankEstimate {

@@ -47,13 +47,14 @@ pub(crate) struct PlacedStage {
 
 /// Plans a deployment.
 ///
-/// `cluster` is a cluster's JSON, or a preset as `kind:nodesxdevices`: `a100-40gb:1x8`. The costs are those of `profile_json`, or, without one, estimated for the cluster's devices.
+/// `cluster` is a cluster's JSON, or a preset as `kind:nodesxdevices`: `a100-40gb:1x8`. The costs are those of `profile_json`, or, without one, estimated for the cluster's devices. With
+/// `progress`, a search of more than a second shows on a terminal how far it is.
 #[pyfunction]
 #[pyo3(signature = (
     graph, cluster, *, profile_json = None, batch_size, optimizer_state_factor = 2.0,
     partition_num = 0, replica_num = 0, pipeline_num = 0, min_pipeline = 1, max_pipeline = 512,
     max_partition_num = 32, mem_limit_gb = 0.0, mem_margin = 0.1, schedule = "auto", recompute = true,
-    sharding = "none",
+    sharding = "none", progress = false,
 ))]
 #[expect(clippy::too_many_arguments, reason = "the items of the configuration, by name")]
 pub(crate) fn plan(
@@ -74,6 +75,7 @@ pub(crate) fn plan(
     schedule: &str,
     recompute: bool,
     sharding: &str,
+    progress: bool,
 ) -> PyResult<Plan> {
     let cluster = if cluster.trim_start().starts_with('{') {
         Cluster::from_json(cluster)
@@ -102,8 +104,10 @@ pub(crate) fn plan(
         recompute,
         sharding: sharding.parse().map_err(raise_cost)?,
     };
-    let plan =
-        py.detach(|| rannc_plan::compile(&graph.graph, profile.as_ref(), &cluster, &options));
+    let plan = py.detach(|| {
+        let planner = rannc_plan::Planner::new(&graph.graph, profile.as_ref());
+        planner.plan(&cluster, &options, &rannc_plan::Bar::new(progress))
+    });
     Ok(Plan { plan: plan.map_err(raise_plan)? })
 }
 

@@ -5,23 +5,23 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use rannc_plan::Progress;
+use rannc_partition::Progress;
 
 /// Searches shorter than this show no bar.
 const DELAY: Duration = Duration::from_secs(1);
 
 /// Shows how far the search is: only on a terminal, and only if it takes long.
-pub(crate) struct Bar {
+pub struct Bar {
     start: Instant,
     delay: Duration,
     shown: OnceLock<ProgressBar>,
 }
 
 impl Bar {
-    /// A bar that appears when the search has run for a second; never where nobody would see it,
-    /// nor between the lines of a log.
-    pub(crate) fn new(verbosity: u8) -> Self {
-        let visible = std::io::stderr().is_terminal() && verbosity == 0;
+    /// A bar that appears, if it is wanted, when the search has run for a second; never where nobody
+    /// would see it.
+    pub fn new(wanted: bool) -> Self {
+        let visible = wanted && std::io::stderr().is_terminal();
         Self::after(if visible { DELAY } else { Duration::MAX })
     }
 
@@ -61,7 +61,7 @@ impl Drop for Bar {
 mod tests {
     use std::time::Duration;
 
-    use rannc_plan::Progress as _;
+    use rannc_partition::Progress as _;
 
     use super::Bar;
 

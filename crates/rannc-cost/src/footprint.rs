@@ -185,6 +185,9 @@ impl<'a> Walk<'a> {
     fn matching(&self, node: &Node, touched: &[ValueId], known: &[ValueId]) -> Kept {
         const MOST: usize = 10;
         let saved = node.saved_bytes.at(self.rows);
+        if self.inner_bytes(node) > 0 {
+            return Kept { storages: Vec::new(), inner: saved };
+        }
         let mut fresh: Vec<ValueId> =
             touched.iter().copied().filter(|storage| !known.contains(storage)).collect();
         fresh.truncate(MOST);
@@ -201,6 +204,13 @@ impl<'a> Walk<'a> {
         let storages: Vec<ValueId> = best.map(|mask| chosen(mask).collect()).unwrap_or_default();
         let inner = saved.saturating_sub(self.total(storages.iter().copied()));
         Kept { storages, inner }
+    }
+
+    /// What an operator that torch makes of two others hands from one to the other, in the backward
+    /// as in the forward: the logarithms of a cross entropy.
+    fn inner_bytes(&self, node: &Node) -> u64 {
+        let made_of_two = node.op.starts_with("aten.cross_entropy_loss.");
+        node.inputs.first().filter(|_| made_of_two).map_or(0, |&id| self.bytes(id))
     }
 
     /// Inputs that have gradients are kept as they are.
@@ -317,7 +327,7 @@ impl<'a> Walk<'a> {
         let mut inputs: Vec<ValueId> = node.inputs.clone();
         inputs.sort_unstable();
         inputs.dedup();
-        let (mut made, mut passing) = (0, 0);
+        let (mut made, mut passing) = (self.inner_bytes(node), self.inner_bytes(node));
         for input in inputs {
             let value = self.graph.value(input);
             if !value.requires_grad {

@@ -116,13 +116,13 @@ impl<'a> Evaluator<'a> {
             return Ok(memory);
         }
         let rows = even_rows(self.options.batch_rows, self.world_size());
-        let program = placement.program(rows, true, Mode::Training)?;
+        let program = placement.program(rows.clone(), true, Mode::Training)?;
         let timing = StageTiming::new(self, candidate);
         let footprints = Footprints::new(self.graph, placement);
         let timeline =
             rannc_schedule::simulate(&program, &placement.pipeline, &timing, &footprints)?;
-        for (rank, lasting) in timeline.ranks.iter().zip(&mut memory) {
-            *lasting = footprints.peak(rank, lasting);
+        for ((rank, timeline), lasting) in (0..).zip(&timeline.ranks).zip(&mut memory) {
+            *lasting = footprints.peak(rank, timeline, lasting, rows[rank as usize]);
         }
         Ok(memory)
     }

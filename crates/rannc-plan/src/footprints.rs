@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use rannc_cost::{Footprint, StageMemory, StageWork};
+use rannc_cost::{Footprint, StageMemory, StageWork, is_trained};
 use rannc_graph::Graph;
 use rannc_schedule::{GradientGroup, Memory, RankTimeline, StageId};
 
@@ -38,19 +38,39 @@ impl<'a> Footprints<'a> {
         })
     }
 
-    /// The memory of a rank at its worst moment; `lasting` is what it needs all the time, and the
-    /// gradients of all of its parameters.
-    pub(crate) fn peak(&self, timeline: &RankTimeline, lasting: &StageMemory) -> StageMemory {
+    /// The memory of a rank at its worst moment: in the step's passes or in the optimizer's step after
+    /// them. `lasting` is what it needs all the time, and the gradients of all of its parameters;
+    /// `rows` are those of the batch that it brings.
+    pub(crate) fn peak(
+        &self,
+        rank: u32,
+        timeline: &RankTimeline,
+        lasting: &StageMemory,
+        rows: u64,
+    ) -> StageMemory {
+        let batch = self.graph.inputs().iter().map(|&id| self.graph.value(id).bytes(rows));
+        let batch = batch.fold(0, u64::saturating_add);
         let peak = timeline.peak;
-        let step = StageMemory {
+        let passes = StageMemory {
             gradients: peak.gradients,
             activations: peak.activations,
             working: peak.working,
-            buffers: peak.buffers,
+            buffers: peak.buffers.saturating_add(batch),
             ..*lasting
         };
-        let at_rest = StageMemory { activations: 0, working: 0, buffers: 0, ..*lasting };
-        if at_rest.total() > step.total() { at_rest } else { step }
+        // An optimizer makes about as many temporary tensors as it keeps, for one parameter at a time.
+        let largest = u128::from(self.largest_trained(rank));
+        let temporary =
+            largest * u128::from(lasting.optimizer) / u128::from(lasting.gradients.max(1));
+        let working = u64::try_from(temporary).unwrap_or(u64::MAX);
+        let optimizing = StageMemory { activations: 0, working, buffers: batch, ..*lasting };
+        if optimizing.total() > passes.total() { optimizing } else { passes }
+    }
+
+    fn largest_trained(&self, rank: u32) -> u64 {
+        let held = self.placement.stages.iter().filter(|stage| stage.ranks.contains(&rank));
+        let trained = held.flat_map(|stage| &stage.state).filter(|&&id| is_trained(self.graph, id));
+        trained.map(|&id| self.graph.value(id).bytes(0)).max().unwrap_or(0)
     }
 }
 

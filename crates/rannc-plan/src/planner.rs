@@ -165,7 +165,7 @@ impl<'a> Planner<'a> {
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
         let placement = evaluator.place(candidate);
         let step_ns = evaluator.step_ns(candidate, &placement)?;
-        let memory = evaluator.memory(candidate);
+        let memory = evaluator.peak_memory(candidate, &placement)?;
         let fits = memory
             .iter()
             .enumerate()

@@ -64,6 +64,7 @@ class Outcome:
     capture_s: float
     plan_s: float
     capture_cpu_s: float
+    plan_cpu_s: float
     plan: str
     peak_gb: float
 
@@ -111,7 +112,7 @@ def row(name: str, outcome: Outcome | str) -> str:
         f"{outcome.import_s:.1f} s",
         f"{outcome.make_s:.1f} s",
         f"{outcome.capture_s:.2f} s (processor {outcome.capture_cpu_s:.2f} s)",
-        f"{outcome.plan_s:.2f} s",
+        f"{outcome.plan_s:.2f} s (processor {outcome.plan_cpu_s:.2f} s)",
         f"**{total:.2f} s**",
         f"{case.target_s} s",
         case.original,
@@ -140,7 +141,9 @@ def run(case: Case) -> Outcome:
     graph = _core.Graph.from_json(capture(model, args, kwargs).graph_json)
     processor = time.process_time() - processor
     captured = time.perf_counter()
+    planning = time.process_time()
     plan = planned(graph, case)
+    planning = time.process_time() - planning
     done = time.perf_counter()
     return Outcome(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -149,6 +152,7 @@ def run(case: Case) -> Outcome:
         make_s=made - imported,
         capture_s=captured - made,
         capture_cpu_s=processor,
+        plan_cpu_s=planning,
         plan_s=done - captured,
         plan=plan,
         peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,

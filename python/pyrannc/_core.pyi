@@ -369,9 +369,10 @@ class ValueInfo:
         How it depends on the rows of the batch: `split`, `sum`, or `whole`.
         """
 
-def plan(graph: Graph, cluster: str, *, profile_json: str | None = None, batch_size: SupportsIndex, optimizer_state_factor: SupportsFloat | SupportsIndex = 2.0, partition_num: SupportsIndex = 0, replica_num: SupportsIndex = 0, pipeline_num: SupportsIndex = 0, min_pipeline: SupportsIndex = 1, max_pipeline: SupportsIndex = 32, max_partition_num: SupportsIndex = 32, mem_limit_gb: SupportsFloat | SupportsIndex = 0.0, mem_margin: SupportsFloat | SupportsIndex = 0.1, schedule: str = "auto") -> Plan:
+def plan(graph: Graph, cluster: str, *, profile_json: str | None = None, batch_size: SupportsIndex, optimizer_state_factor: SupportsFloat | SupportsIndex = 2.0, partition_num: SupportsIndex = 0, replica_num: SupportsIndex = 0, pipeline_num: SupportsIndex = 0, min_pipeline: SupportsIndex = 1, max_pipeline: SupportsIndex = 512, max_partition_num: SupportsIndex = 32, mem_limit_gb: SupportsFloat | SupportsIndex = 0.0, mem_margin: SupportsFloat | SupportsIndex = 0.1, schedule: str = "auto", recompute: bool = True, sharding: str = "none", progress: bool = False) -> Plan:
     """
     Plans a deployment.
 
-    `cluster` is a cluster's JSON, or a preset as `kind:nodesxdevices`: `a100-40gb:1x8`. The costs are those of `profile_json`, or, without one, estimated for the cluster's devices.
+    `cluster` is a cluster's JSON, or a preset as `kind:nodesxdevices`: `a100-40gb:1x8`. The costs are those of `profile_json`, or, without one, estimated for the cluster's devices. With
+    `progress`, a search of more than a second shows on a terminal how far it is.
     """

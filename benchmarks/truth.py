@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_SECONDS = 200
+MOST_SECONDS = 90
 MIB = 2**20
 
 

@@ -9,6 +9,7 @@
 //! Memory that an operator allocates and frees inside does not count.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use rannc_graph::{Graph, Node, NodeId, ValueId};
 
@@ -338,15 +339,22 @@ impl<'a> Walk<'a> {
                 let stays = first && state.trained.insert(input);
                 made += bytes;
                 passing += if stays { 0 } else { bytes };
-            } else if state.gradients.contains_key(&input) {
-                made += bytes;
-                passing += bytes;
-            } else if hands_on(node) && bytes == self.graph.value(given[0].0).bytes(self.rows) {
+                continue;
+            }
+            let same_size = bytes == self.graph.value(given[0].0).bytes(self.rows);
+            match state.gradients.entry(input) {
+                Entry::Occupied(_) => {
+                    made += bytes;
+                    passing += bytes;
+                }
                 // Whoever is left last pays for the memory that both operands' gradients are.
-                state.gradients.insert(input, std::mem::take(&mut to_free));
-            } else {
-                made += bytes;
-                state.gradients.insert(input, bytes);
+                Entry::Vacant(entry) if hands_on(node) && same_size => {
+                    entry.insert(std::mem::take(&mut to_free));
+                }
+                Entry::Vacant(entry) => {
+                    made += bytes;
+                    entry.insert(bytes);
+                }
             }
         }
         state.alive += made;

@@ -13,7 +13,7 @@ impl Problem<'_> {
     pub(crate) fn balanced(&self) -> Option<Division> {
         let mut best = self.packed(u64::MAX)?;
         let (mut low, mut high) = (0, best.1);
-        while high.saturating_sub(low) > high / PRECISION {
+        while high.saturating_sub(low) > (high / PRECISION).max(1) {
             let middle = low.midpoint(high);
             match self.packed(middle) {
                 None => low = middle,

@@ -511,7 +511,9 @@ impl<'a> Pricer<'a> {
         let inside = shares[0].facts.repeat_order(self.runs, run);
         let fits = |count: usize| {
             let mut kept = Kept::new(self, run, shares);
-            inside[..count].iter().for_each(|&block| kept.repeat(block));
+            for &block in &inside[..count] {
+                kept.repeat(block);
+            }
             self.over_limit(run, shares, in_flight, level, replicas, Some(&kept))
         };
         // More blocks need less memory, but for the workspace of the largest: look at the end first.
@@ -538,7 +540,9 @@ impl<'a> Pricer<'a> {
         let facts = self.runs.get(run.0, run.1);
         let mut kept = (!repeated.is_empty()).then(|| Kept::new(self, run, shares));
         if let Some(kept) = &mut kept {
-            repeated.iter().for_each(|&block| kept.repeat(block));
+            for &block in &repeated {
+                kept.repeat(block);
+            }
         }
         let mut cost =
             StageCost { sharding: level, repeats: !repeated.is_empty(), ..StageCost::default() };

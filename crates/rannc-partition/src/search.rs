@@ -34,7 +34,7 @@ const MAX_BLOCKS: usize = 1024;
 const EXACT_EFFORT: u64 = 1 << 20;
 /// Once something is found the search ends after so many stages were priced: what it might still
 /// find is worth less than its time.
-const MOST_PRICED: u64 = 12_000_000;
+const MOST_PRICED: u64 = 6_000_000;
 /// Problems that are solved at once.
 const AT_ONCE: usize = 4;
 /// The blocks around a cut are cut into so many pieces to find a better place for it.
@@ -662,7 +662,7 @@ impl<'a, 'g> Search<'a, 'g> {
                 (other.microbatches, &other.starts, &other.ranks)
                     == (next.microbatches, &next.starts, &next.ranks)
             };
-            if kept.len() < NUM_FREE_CANDIDATES && !kept.iter().any(|other| same(&other)) {
+            if kept.len() < NUM_FREE_CANDIDATES && !kept.iter().any(same) {
                 kept.push(next);
             }
         }

@@ -14,8 +14,11 @@ use crate::stage::{Division, Label, Problem, Range2};
 
 /// The times to look at, as parts of the least in hundredths.
 const TIMES: [u64; 4] = [100, 104, 115, 150];
-/// The most places that are looked at for one first block.
+/// The most places that are looked at for one first block, and for all blocks together.
 const MAX_WINDOW: usize = 32;
+const MOST_PLACES: usize = 4096;
+/// After so many stages were priced no further times are looked at.
+const MOST_PRICED: u64 = 1_000_000;
 /// Bisection ends when the time is known to this part of it.
 const PRECISION: u64 = 64;
 
@@ -38,7 +41,9 @@ impl Problem<'_> {
         for part in TIMES {
             let time = least.saturating_mul(part) / 100;
             let (_, fastest) = self.remaining[self.num_blocks()];
-            if self.microbatches() > 1 && part > 100 && self.step_ns(least, fastest, 0) > bound {
+            let least_sum = fastest.max(self.least_sum);
+            let too_long = self.microbatches() > 1 && self.step_ns(least, least_sum, 0) > bound;
+            if too_long || self.priced.get() > MOST_PRICED {
                 break;
             }
             found.extend(self.best_within(time));
@@ -98,6 +103,9 @@ impl Problem<'_> {
         if high_enough(low) {
             return Some(low);
         }
+        if !self.fits() {
+            return None;
+        }
         let mut high = low.max(1);
         loop {
             low = high;
@@ -109,7 +117,7 @@ impl Problem<'_> {
                 return None;
             }
         }
-        while high - low > high / PRECISION {
+        while high - low > high / PRECISION && self.priced.get() <= MOST_PRICED {
             let middle = low.midpoint(high);
             if high_enough(middle) { high = middle } else { low = middle }
         }
@@ -187,44 +195,30 @@ impl Problem<'_> {
             let stage = self.stage(blocks, (end_unit - units, end_unit), in_flight);
             stage.is_some_and(|stage| stage.busy <= time)
         };
-        let most = if self.layout.one_unit_each { 1 } else { end_unit };
+        let most = if self.layout.one_unit_each { 1 } else { end_unit.min(self.most_units()) };
         if within(1) {
             return Some(1);
         }
         // Mostly as many as at other places.
         let key = (run_index(self.num_blocks(), blocks.0, blocks.1), in_flight, time);
         let known = self.enough.borrow().get(&key).copied();
-        if let Some(known) = known.filter(|&known| known <= most) {
-            if within(known) && !within(known - 1) {
-                return Some(known);
-            }
+        if let Some(known) = known.filter(|&known| known <= most)
+            && within(known)
+            && !within(known - 1)
+        {
+            return Some(known);
         }
-        let found = self.search_units(most, &within);
+        let found = search_units(most, &within);
         if let Some(found) = found {
             self.enough.borrow_mut().insert(key, found);
         }
         found
     }
 
-    fn search_units(&self, most: usize, within: &dyn Fn(usize) -> bool) -> Option<usize> {
-        // More units are faster and take less memory each, up to as many as there are rows.
-        let mut too_few = 1;
-        let mut enough = 2;
-        while enough <= most && !within(enough) {
-            too_few = enough;
-            enough *= 2;
-        }
-        if enough > most {
-            if too_few >= most || !within(most) {
-                return None;
-            }
-            enough = most;
-        }
-        while too_few + 1 < enough {
-            let middle = too_few.midpoint(enough);
-            if within(middle) { enough = middle } else { too_few = middle }
-        }
-        Some(enough)
+    /// The most units that all have rows in every microbatch.
+    fn most_units(&self) -> usize {
+        let smallest = self.layout.units.iter().map(Vec::len).min().unwrap_or(1).max(1);
+        (self.pricer.setting.most_replicas() / smallest).max(1)
     }
 
     /// The shortest step in which no stage is busy for longer than `time`, nearly.
@@ -266,7 +260,7 @@ impl Problem<'_> {
             let to = self.layer(stages);
             let Some((from, until)) = tables.windows[to][start] else { continue };
             let takes_all = start == 0 && !self.layout.may_idle;
-            let most_units = end_unit.saturating_sub(from);
+            let most_units = end_unit.saturating_sub(from).min(self.most_units());
             for units in choices(least, most_units, takes_all, self.layout.one_unit_each) {
                 let unit = end_unit - units;
                 if unit > until || unit.min(start) < self.still_needed(stages).max(start.min(1)) {
@@ -325,6 +319,7 @@ impl Tables {
     fn new(problem: &Problem<'_>, time: u64) -> Option<Self> {
         let (num_blocks, num_units) = (problem.num_blocks(), problem.layout.num_units());
         let reach = problem.reach(time);
+        let widest = (MOST_PLACES / num_blocks.max(1)).clamp(6, MAX_WINDOW);
         let ranks_per_unit = problem.layout.units.iter().map(Vec::len).max()?.max(1) as u64;
         let window = |block: usize, front: Option<(usize, usize)>| {
             let (until, _) = front?;
@@ -335,7 +330,7 @@ impl Tables {
             let (work, _) = problem.remaining[block];
             let needed = work / time.max(1) / ranks_per_unit;
             let from = usize::try_from(needed).unwrap_or(usize::MAX).min(until);
-            Some((from.max(until.saturating_sub(MAX_WINDOW)), until))
+            Some((from.max(until.saturating_sub(widest)), until))
         };
         let windows: Vec<Vec<Option<Range2>>> = reach
             .iter()
@@ -353,6 +348,28 @@ impl Tables {
         cells[0][num_blocks][num_units - from] = Some(Cell { label: last, stages: 0 });
         Some(Self { windows, cells })
     }
+}
+
+/// The fewest units that suffice, by doubling and bisection.
+fn search_units(most: usize, within: &dyn Fn(usize) -> bool) -> Option<usize> {
+    // More units are faster and take less memory each, up to as many as there are rows.
+    let mut too_few = 1;
+    let mut enough = 2;
+    while enough <= most && !within(enough) {
+        too_few = enough;
+        enough *= 2;
+    }
+    if enough > most {
+        if too_few >= most || !within(most) {
+            return None;
+        }
+        enough = most;
+    }
+    while too_few + 1 < enough {
+        let middle = too_few.midpoint(enough);
+        if within(middle) { enough = middle } else { too_few = middle }
+    }
+    Some(enough)
 }
 
 /// Numbers of units to try for a stage: the fewest, some more, or all.

@@ -56,7 +56,7 @@ impl<'a> Evaluator<'a> {
     }
 
     /// How many forwards a simulation of the candidate has.
-    pub(crate) fn work(&self, candidate: &Candidate) -> u64 {
+    pub(crate) fn work(candidate: &Candidate) -> u64 {
         let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
         let copies = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).fold(0, gcd);
         ranks / copies.max(1) * candidate.microbatches
@@ -112,7 +112,7 @@ impl<'a> Evaluator<'a> {
     ) -> Result<Vec<StageMemory>, PlanError> {
         let mut memory = self.memory(candidate);
         let sharded = candidate.stages.iter().any(|stage| !stage.sharding.is_none());
-        if sharded || self.work(candidate) > MOST_PLAYED {
+        if sharded || Self::work(candidate) > MOST_PLAYED {
             return Ok(memory);
         }
         let rows = even_rows(self.options.batch_rows, self.world_size());
@@ -273,11 +273,14 @@ fn tied(graph: &Graph, stages: &[StageCandidate]) -> FixedBitSet {
     tied
 }
 
+/// A stage, a class of devices and a number of rows.
+type TimesKey = (usize, usize, u64);
+
 /// Times of stages as sums over their operators.
 struct StageTiming<'a> {
     evaluator: &'a Evaluator<'a>,
     candidate: &'a Candidate,
-    known: RefCell<BTreeMap<(usize, usize, u64), (u64, u64)>>,
+    known: RefCell<BTreeMap<TimesKey, (u64, u64)>>,
 }
 
 impl<'a> StageTiming<'a> {

@@ -46,7 +46,7 @@ impl<'a> Round<'a> {
 
     /// Simulates a candidate unless it was already, or there was enough of that.
     fn simulate(&mut self, candidate: Candidate) -> Result<(), PlanError> {
-        let work = self.evaluator.work(&candidate);
+        let work = Evaluator::work(&candidate);
         if self.best.is_some() && self.work + work > MOST_SIMULATED {
             return Ok(());
         }

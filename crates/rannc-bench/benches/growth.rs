@@ -18,7 +18,7 @@ use rannc_bench::resources::{Usage, measure};
 use rannc_bench::table::{Table, exponent, time};
 use rannc_cost::Cluster;
 use rannc_graph::Graph;
-use rannc_plan::{Options, Plan, PlanError, Planner};
+use rannc_plan::{Options, Plan, PlanError, Planner, Sharding};
 
 /// Operators in a layer of `gpt`.
 const OPERATORS_IN_LAYER: i64 = 18;
@@ -145,6 +145,8 @@ struct Shape {
     graph: Graph,
     cluster: Cluster,
     batch_rows: u64,
+    /// What the plan may shard: a trillion parameters fit no other way.
+    sharding: Sharding,
     target: &'static str,
 }
 
@@ -154,11 +156,12 @@ fn shapes(is_wanted: impl Fn(&str) -> bool) {
         graph,
         cluster: cluster(text),
         batch_rows,
+        sharding: Sharding::None,
         target,
     };
-    let mut long = shape("chain of 1,024", chain(1024, 8192, 512), "a100-40gb:128x8", 4096, "5 s");
+    let mut long = shape("chain of 1,024", chain(1024, 8192, 16), "a100-40gb:128x8", 4096, "5 s");
     for device in &mut long.cluster.devices {
-        // Two layers with their gradients and optimizer state take 2 GiB.
+        // Two layers with their gradients and optimizer state take 2 GiB: hundreds of stages.
         device.memory_bytes = 5 << 30;
     }
     let trillion = Transformer::new(128, 25_600, 2048);
@@ -168,7 +171,10 @@ fn shapes(is_wanted: impl Fn(&str) -> bool) {
         shape("GNMT (78 nodes, wide)", gnmt78(), "a100-40gb:1x2", 256, "1 s"),
         long,
         shape("BERT 100B", bert(Transformer::new(124, 8192, 512)), "a100-40gb:128x8", 1024, "1 s"),
-        shape("GPT 1T", gpt(trillion), "h100-80gb:384x8", 3072, "5 s"),
+        Shape {
+            sharding: Sharding::Parameters,
+            ..shape("GPT 1T, sharded", gpt(trillion), "h100-80gb:384x8", 3072, "5 s")
+        },
     ];
     all.retain(|shape| is_wanted(shape.name));
     if all.is_empty() {
@@ -186,7 +192,10 @@ fn shapes(is_wanted: impl Fn(&str) -> bool) {
     ]);
     show(table.text());
     for shape in all {
-        let (found, usage) = plan(&shape.graph, &shape.cluster, shape.batch_rows);
+        let (batch_size, sharding) = (shape.batch_rows, shape.sharding);
+        let options = Options { batch_size, sharding, ..Options::default() };
+        let (found, usage) =
+            measure(|| Planner::new(&shape.graph, None).plan(&shape.cluster, &options, &()));
         let mut cells = row(shape.name, &shape.graph, &shape.cluster, &found, &usage);
         cells.insert(5, shape.target.to_owned());
         show(&table.row(&cells));

@@ -12,6 +12,10 @@ use crate::{Blocks, PartitionError};
 
 /// Devices are looked for up to so many times as many.
 const MOST_TIMES_DEVICES: usize = 64;
+/// Only so many stages are priced to find advice; what takes longer is not said.
+const MOST_PRICED: u64 = 8_000_000;
+/// Numbers of microbatches to look at: the fewest, the most, and some between.
+const COUNTS: usize = 3;
 /// Bisection of memory ends at this part of it.
 const PRECISION: u64 = 512;
 
@@ -25,6 +29,7 @@ impl Search<'_, '_> {
     /// The error that says why these blocks fit nowhere, and what would help.
     pub(crate) fn does_not_fit(&self, cut: &Cut) -> PartitionError {
         let limit_bytes = self.limits.iter().copied().max().unwrap_or_default();
+        self.priced.set(0);
         let Some(fitting) = self.least_memory(cut, limit_bytes) else {
             let problem = "no number of stages, replicas and microbatches is possible".to_owned();
             return PartitionError::Options { problem };
@@ -40,7 +45,7 @@ impl Search<'_, '_> {
             let mut options = self.options.clone();
             change(&mut options);
             let search = self.changed(self.cluster, &options);
-            search.fits(cut) && !search.find().is_empty()
+            search.fits(cut) && search.finds()
         };
         if !self.options.recompute && tried(&|options| options.recompute = true) {
             remedies.push(Remedy::Recompute);
@@ -54,7 +59,7 @@ impl Search<'_, '_> {
         let limit = fitting.needed_bytes;
         let mut search = self.changed(self.cluster, self.options);
         search.limits.fill(limit);
-        if !search.find().is_empty() {
+        if search.finds() {
             remedies.push(Remedy::Memory(limit));
         }
         let mut fewer_rows = self.options.batch_rows / 2;
@@ -97,7 +102,7 @@ impl Search<'_, '_> {
         }
         let cluster = grown(self.cluster, num_devices, enough);
         let options = Options { num_devices: enough, ..self.options.clone() };
-        (!self.changed(&cluster, &options).find().is_empty()).then_some(enough)
+        self.changed(&cluster, &options).finds().then_some(enough)
     }
 
     /// The least memory of each device with which something fits.
@@ -129,7 +134,15 @@ impl Search<'_, '_> {
     where
         Self: 'b,
     {
-        Search::new(self.partitioner, self.costs, cluster, options)
+        let priced = std::rc::Rc::clone(&self.priced);
+        let mut search = Search::new(self.partitioner, self.costs, cluster, options);
+        search.priced = priced;
+        search
+    }
+
+    /// Whether the search itself finds something, if there is time for it.
+    fn finds(&self) -> bool {
+        self.priced.get() <= MOST_PRICED && !self.find().is_empty()
     }
 
     fn fits(&self, cut: &Cut) -> bool {
@@ -139,11 +152,21 @@ impl Search<'_, '_> {
     /// Some division that fits, with its fullest stage.
     fn fitting(&self, cut: &Cut) -> Option<Fitting> {
         let facts = FactCache::new(&cut.runs, self.costs);
-        for case in self.cases(&cut.runs, &facts, true) {
+        let cases = self.cases(&cut.runs, &facts, true);
+        let last = cases.len() - 1;
+        let mut counts: Vec<usize> = (0..COUNTS).map(|step| last * step / (COUNTS - 1)).collect();
+        counts.dedup();
+        for &index in counts.iter().rev() {
+            let case = &cases[index];
             for layout in &case.layouts {
                 for &kind in self.options.schedules.iter().rev() {
+                    if self.priced.get() > MOST_PRICED {
+                        return None;
+                    }
                     let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
-                    if let Some(division) = problem.any_fitting() {
+                    let division = problem.any_fitting();
+                    self.priced.set(self.priced.get() + problem.priced.get());
+                    if let Some(division) = division {
                         return Some(self.fullest(&problem, &division, &cut.blocks));
                     }
                 }

@@ -1,6 +1,8 @@
 //! The search for the best division: numbers of stages and microbatches, and schedules.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fixedbitset::FixedBitSet;
@@ -365,6 +367,8 @@ pub(crate) struct Search<'a, 'g> {
     pub(crate) limits: Vec<u64>,
     orders: Vec<Vec<u32>>,
     progress: &'a dyn Progress,
+    /// How many stages were priced to find advice.
+    pub(crate) priced: Rc<Cell<u64>>,
 }
 
 /// A division with what candidates are compared by, in this order.
@@ -420,7 +424,17 @@ impl<'a, 'g> Search<'a, 'g> {
         let classes = cluster.classes(options.num_devices);
         let limits = limits(&classes, options);
         let orders = orders(&classes);
-        Self { partitioner, costs, cluster, options, classes, limits, orders, progress: &() }
+        Self {
+            partitioner,
+            costs,
+            cluster,
+            options,
+            classes,
+            limits,
+            orders,
+            progress: &(),
+            priced: Rc::default(),
+        }
     }
 
     fn run(&self) -> Result<Vec<Candidate>, PartitionError> {

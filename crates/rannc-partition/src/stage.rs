@@ -33,6 +33,9 @@ use crate::layout::Layout;
 use crate::price::{Pricer, StageCost, StageDetails};
 use crate::runs::run_index;
 
+/// Finding out what to give up so that a stage fits takes as long as pricing so many that fit.
+const SEARCHED: u64 = 32;
+
 /// One search: everything but the number of stages and where they end is fixed.
 pub(crate) struct Problem<'a> {
     pub(crate) pricer: &'a Pricer<'a>,
@@ -253,11 +256,10 @@ impl<'a> Problem<'a> {
             return None;
         }
         let price = |in_flight: u64| {
-            *self
-                .prices
-                .borrow_mut()
-                .entry((run, set, in_flight))
-                .or_insert_with(|| self.pricer.price(blocks, self.layout.set(set), in_flight))
+            *self.prices.borrow_mut().entry((run, set, in_flight)).or_insert_with(|| {
+                self.priced.set(self.priced.get() + SEARCHED);
+                self.pricer.price(blocks, self.layout.set(set), in_flight)
+            })
         };
         price(in_flight)
     }

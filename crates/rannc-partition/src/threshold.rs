@@ -226,6 +226,9 @@ impl Problem<'_> {
         let num_blocks = self.num_blocks();
         let mut tables = Tables::new(self, time)?;
         for start in (0..num_blocks).rev() {
+            if self.priced.get() > 2 * MOST_PRICED {
+                return None;
+            }
             for end in start + 1..=num_blocks {
                 let mut possible = false;
                 for layer in 0..self.num_layers() {

@@ -140,7 +140,7 @@ def test_a_deployment_that_contradicts_itself_is_refused(pools: Pools, tmp_path:
     path.write_text(json.dumps(plan))
     for failure in failures(pools, load_deployment, "fork_join", str(path)):
         assert failure.kind == "DeploymentError"
-        assert "[0, 5]" in failure.message
+        assert "stage 0 has rank 5, needed 0 to 1" in failure.message
 
 
 def bad_setting() -> None:
@@ -164,27 +164,35 @@ class Fragile(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.weights = nn.ParameterList(torch.ones(4) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = fragile(torch.tanh(layer(x)))
+        # Wherever the model is cut, every stage has an operator that may fail.
+        for weight in self.weights:
+            x = fragile(x, weight)
         return x
 
 
 @torch.library.custom_op("pyrannc_tests::fragile", mutates_args=())
-def fragile(x: torch.Tensor) -> torch.Tensor:
+def fragile(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if os.environ.get("FRAGILE_RANK") == str(pyrannc.get_rank()):
         raise RuntimeError("this rank has had enough")
-    return x.clone()
+    return x * weight
 
 
 @fragile.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-fragile.register_autograd(lambda context, gradient: gradient)
+def fragile_backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight = context.saved_tensors
+    return gradient * weight, (gradient * x).sum(0)
+
+
+fragile.register_autograd(
+    fragile_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def fail_inside(failing: int, stages: int) -> None:

@@ -85,7 +85,27 @@ impl Problem<'_> {
 
     /// Some division that fits the memory.
     pub(crate) fn any_fitting(&self) -> Option<Division> {
-        if self.fits() { self.best_within(u64::MAX) } else { None }
+        let reach = self.reach(u64::MAX);
+        let complete = |layer: &usize| self.is_complete(reach[*layer][0]);
+        let mut layer = (0..reach.len()).find(complete)?;
+        let (mut starts, mut units) = (Vec::new(), Vec::new());
+        let mut start = 0;
+        while let Some((unit, stages)) = reach[layer][start].filter(|&(_, stages)| stages > 0) {
+            let behind = self.layer(stages - 1);
+            let end = (start + 1..=self.num_blocks()).find(|&end| {
+                reach[behind][end].filter(|&(end_unit, _)| end_unit > unit).is_some_and(
+                    |(end_unit, left)| {
+                        let in_flight = self.in_flight(stages);
+                        let fewest = self.fewest_units((start, end), end_unit, in_flight, u64::MAX);
+                        left + 1 == stages && fewest.is_some_and(|fewest| unit + fewest == end_unit)
+                    },
+                )
+            })?;
+            starts.push(start);
+            units.push((unit, reach[behind][end]?.0));
+            (start, layer) = (end, behind);
+        }
+        Some(Division { step_ns: u64::MAX, starts, units })
     }
 
     /// The least limit on the slowest stage that can be kept, nearly; none if nothing fits or the step

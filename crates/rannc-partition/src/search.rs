@@ -26,6 +26,8 @@ const NUM_FREE_CANDIDATES: usize = 6;
 const MOST_TIMES_BEST: u64 = 3;
 /// The most stages of regular candidates.
 const MOST_UNIFORM: usize = 256;
+/// The most numbers of microbatches to look at for these.
+const MOST_UNIFORM_COUNTS: usize = 5;
 /// The search looks for what takes longer than the best by this part of it.
 const WORST_OVER_BEST: u64 = 8;
 /// The most units that devices are handed out in, unless more stages are needed to fit.
@@ -729,7 +731,9 @@ impl<'a, 'g> Search<'a, 'g> {
             };
             let layouts: Vec<Layout> = self.orders.iter().map(layout).collect();
             let mut found = Vec::new();
-            for (case_index, case) in cases.iter().enumerate() {
+            // The simulator goes on from the best of these to the numbers between.
+            let every = cases.len().div_ceil(MOST_UNIFORM_COUNTS);
+            for (case_index, case) in cases.iter().enumerate().rev().step_by(every) {
                 for (layout_index, layout) in layouts.iter().enumerate() {
                     for (schedule, &kind) in self.options.schedules.iter().enumerate() {
                         let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);

@@ -6,7 +6,7 @@ use crate::search::Found;
 use crate::stage::{Division, Problem};
 
 /// Bisection ends when the time is known to this part of it.
-const PRECISION: u64 = 128;
+const PRECISION: u64 = 32;
 
 impl Problem<'_> {
     /// One unit for each stage, the slowest stage as fast as can be; none if that does not fit.

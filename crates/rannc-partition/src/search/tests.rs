@@ -230,14 +230,20 @@ fn cluster(num_devices: usize, mixed: bool, across: bool) -> Cluster {
     Cluster::from_toml(&format!("devices = [{}]", devices.join(", "))).unwrap()
 }
 
+/// `PROPTEST_CASES`, or as many as a test run has time for.
+fn cases() -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok());
+    ProptestConfig::with_cases(asked.unwrap_or(40))
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(cases())]
 
     #[test]
     fn the_search_equals_trying_everything(
         graph in testing::graphs(20),
-        max_blocks in 1..7usize,
-        num_devices in 1..6usize,
+        max_blocks in 1..10usize,
+        num_devices in 1..7usize,
         batch_rows in 1..20u64,
         limit_kib in 4..400u64,
         (mixed, across, recompute) in any::<(bool, bool, bool)>(),

@@ -15,6 +15,8 @@ use crate::{
     RankEstimate,
 };
 
+/// A plan with at most so many forwards is simulated as it is, without folding.
+const MOST_PLAYED: u64 = 1 << 13;
 /// Candidates are simulated until these take so many forwards together; the first one always is.
 const MOST_SIMULATED: u64 = 1 << 17;
 
@@ -123,6 +125,13 @@ impl<'a> Planner<'a> {
         let best = round.best;
         let (step_ns, candidate, placement) =
             best.expect("a search that finds nothing is an error");
+        // Candidates were compared with copies of the pipeline folded; what is said of the plan is not.
+        let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
+        let step_ns = if ranks * candidate.microbatches <= MOST_PLAYED {
+            evaluator.timeline(&candidate, &placement)?.1.makespan_ns
+        } else {
+            step_ns
+        };
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);
         let estimates = Estimates {
             costs_of: costs.source().into(),

@@ -39,6 +39,17 @@ impl Plan {
                 ranges(&stage.ranks),
                 count(stage.nodes.len() as u64, "operator"),
             )?;
+            if !stage.shares.is_empty() {
+                let shares: Vec<String> = stage.shares.iter().map(u64::to_string).collect();
+                write!(text, ", rows shared {}", shares.join(":"))?;
+            }
+            if !stage.sharding.is_none() {
+                write!(text, ", sharded: {}", stage.sharding)?;
+            }
+            let again = stage.recompute.iter().map(Vec::len).sum::<usize>() as u64;
+            if again > 0 {
+                write!(text, ", {} recomputed", count(again, "operator"))?;
+            }
             if let Some(cost) = self.estimates.as_ref().and_then(|all| all.stages.get(index)) {
                 write!(
                     text,
@@ -57,18 +68,39 @@ impl Plan {
         for rank in &estimates.ranks {
             write_rank(text, rank)?;
         }
+        let step_ns = estimates.step_ns.max(1);
         writeln!(
             text,
-            "  predicted step: {} (simulated, costs {})",
+            "  predicted step: {}, {:.0} rows a second (simulated, costs {})",
             duration(estimates.step_ns),
+            self.batch_size as f64 * 1e9 / step_ns as f64,
             estimates.costs_of
-        )
+        )?;
+        let Some(bound) = &estimates.lower_bound else { return Ok(()) };
+        write!(
+            text,
+            "  no plan is faster than {}: work over devices {}, longest path {}",
+            duration(bound.step_ns),
+            duration(bound.work_ns),
+            duration(bound.critical_path_ns),
+        )?;
+        if bound.memory_ns > 0 {
+            write!(text, ", with as many replicas as fit {}", duration(bound.memory_ns))?;
+        }
+        let gap = (step_ns as f64 / bound.step_ns.max(1) as f64 - 1.0) * 100.0;
+        writeln!(text, "; this one takes {gap:.0} % longer")
     }
 
     fn write_shares(&self, text: &mut String, rows: u64) -> std::fmt::Result {
         let microbatch = rows.div_ceil(self.microbatches);
         for (index, stage) in self.stages.iter().enumerate() {
-            let replica = microbatch.div_ceil(stage.ranks.len() as u64);
+            let all: u128 = stage.shares.iter().map(|&share| u128::from(share)).sum();
+            let replica = match stage.shares.iter().max() {
+                Some(&most) => {
+                    (u128::from(microbatch) * u128::from(most)).div_ceil(all.max(1)) as u64
+                }
+                None => microbatch.div_ceil(stage.ranks.len() as u64),
+            };
             writeln!(
                 text,
                 "  with {}: microbatches of up to {microbatch}, stage {index} up to {replica} a replica",

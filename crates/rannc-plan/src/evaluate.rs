@@ -281,11 +281,13 @@ struct StageTiming<'a> {
     evaluator: &'a Evaluator<'a>,
     candidate: &'a Candidate,
     known: RefCell<BTreeMap<TimesKey, (u64, u64)>>,
+    /// By stage and rows.
+    saved: RefCell<BTreeMap<(usize, u64), u64>>,
 }
 
 impl<'a> StageTiming<'a> {
     fn new(evaluator: &'a Evaluator<'a>, candidate: &'a Candidate) -> Self {
-        Self { evaluator, candidate, known: RefCell::default() }
+        Self { evaluator, candidate, known: RefCell::default(), saved: RefCell::default() }
     }
 
     /// Forward and backward time.
@@ -350,8 +352,9 @@ impl Timing for StageTiming<'_> {
 
 impl Memory for StageTiming<'_> {
     fn saved_bytes(&self, stage: StageId, rows: u64) -> u64 {
-        let candidate = &self.candidate.stages[stage.index()];
-        let none = FixedBitSet::new();
-        self.evaluator.sizes(candidate, rows, &none).saved
+        *self.saved.borrow_mut().entry((stage.index(), rows)).or_insert_with(|| {
+            let candidate = &self.candidate.stages[stage.index()];
+            self.evaluator.sizes(candidate, rows, &FixedBitSet::new()).saved
+        })
     }
 }

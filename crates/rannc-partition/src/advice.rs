@@ -5,8 +5,9 @@
 use rannc_cost::{Cluster, Sharding};
 
 use crate::error::Remedy;
-use crate::price::FactCache;
-use crate::search::{Cut, Options, Search};
+use crate::facts::FactCache;
+use crate::options::Options;
+use crate::search::{Cut, Search};
 use crate::stage::{Division, Problem};
 use crate::{Blocks, PartitionError};
 

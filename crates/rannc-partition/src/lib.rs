@@ -13,8 +13,11 @@ mod bound;
 #[cfg(test)]
 mod brute;
 mod error;
+mod facts;
 mod layout;
+mod options;
 mod order;
+mod orders;
 mod price;
 mod recompute;
 mod runs;
@@ -30,8 +33,7 @@ pub use atomic::Atoms;
 pub use block::Blocks;
 pub use bound::LowerBound;
 pub use error::{PartitionError, Remedy};
+pub use options::{Candidate, Options, Progress, StageCandidate, microbatch_candidates};
 pub use recompute::{Arrangement, Arranger, BadGroup};
-pub use search::{
-    Candidate, Options, Partitioner, Progress, StageCandidate, microbatch_candidates, search,
-};
+pub use search::{Partitioner, search};
 pub use valid::{assign, stages_are_valid};

@@ -6,14 +6,17 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fixedbitset::FixedBitSet;
-use rannc_cost::{Classes, Cluster, DeviceCosts, ScheduleKind, Sharding, Training};
+use rannc_cost::{Classes, Cluster, DeviceCosts, Sharding};
 use rannc_graph::{Graph, NodeId};
 use rayon::prelude::*;
 
 use crate::block::{Balance, Line};
 use crate::bound::{Ground, LowerBound};
+use crate::facts::FactCache;
 use crate::layout::{Layout, Shape};
-use crate::price::{FactCache, Pricer, Setting};
+use crate::options::{Candidate, Options, Progress, StageCandidate, microbatch_candidates};
+use crate::orders::orders;
+use crate::price::{Pricer, Setting};
 use crate::runs::Runs;
 use crate::stage::{Division, Problem};
 use crate::uniform::best_of_each;
@@ -45,127 +48,6 @@ const AT_ONCE: usize = 4;
 const PIECES: usize = 6;
 /// The most blocks then, roughly.
 const MAX_FINE_BLOCKS: usize = 384;
-/// The most devices of which all orders are tried, if these are not too many.
-const MOST_REORDERED: usize = 6;
-const MAX_ORDERS: usize = 100;
-
-/// What to plan for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Rows of the global batch.
-    pub batch_rows: u64,
-    /// Devices to use: the first of the cluster.
-    pub num_devices: usize,
-    /// The fewest microbatches to consider.
-    pub min_microbatches: u64,
-    /// The most microbatches to consider.
-    pub max_microbatches: u64,
-    /// Exactly this many microbatches.
-    pub microbatches: Option<u64>,
-    /// Exactly this many stages.
-    pub num_stages: Option<usize>,
-    /// Exactly this many replicas of every stage.
-    pub num_replicas: Option<usize>,
-    /// The number of blocks that the model is cut into before the search. More are used if there
-    /// are to be more stages, or if nothing fits.
-    pub max_blocks: usize,
-    /// What a stage may take on a device: the least of this and of the device's memory without the
-    /// margin.
-    pub memory_limit_bytes: u64,
-    /// The part of each device's memory to leave free, in millionths.
-    pub memory_margin_ppm: u64,
-    /// Whether blocks may be computed again in backward.
-    pub recompute: bool,
-    /// The most that the replicas of a stage may divide among themselves.
-    pub sharding: Sharding,
-    /// What training adds to the model's memory.
-    pub training: Training,
-    /// The schedules to consider; of equals the first wins.
-    pub schedules: Vec<ScheduleKind>,
-}
-
-impl Options {
-    /// The usual options: up to 32 microbatches, 32 blocks, Adam, fill-drain.
-    pub fn new(batch_rows: u64, num_devices: usize, memory_limit_bytes: u64) -> Self {
-        Self {
-            batch_rows,
-            num_devices,
-            min_microbatches: 1,
-            max_microbatches: 32,
-            microbatches: None,
-            num_stages: None,
-            num_replicas: None,
-            max_blocks: 32,
-            memory_limit_bytes,
-            memory_margin_ppm: 0,
-            recompute: false,
-            sharding: Sharding::None,
-            training: Training::default(),
-            schedules: vec![ScheduleKind::FillDrain],
-        }
-    }
-}
-
-/// Who wants to know how far a search is. Called often: what is shown is up to the receiver.
-pub trait Progress {
-    /// Some phase has done so many of its steps.
-    fn update(&self, phase: &str, done: u64, total: u64);
-}
-
-/// Nobody.
-impl Progress for () {
-    fn update(&self, _: &str, _: u64, _: u64) {}
-}
-
-/// A stage of a candidate.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StageCandidate {
-    /// Its operators, with those that are cloned into it.
-    pub nodes: FixedBitSet,
-    /// The devices of its replicas, ascending.
-    pub ranks: Vec<u32>,
-    /// In which proportion the replicas divide the rows of a microbatch; equally if empty.
-    pub shares: Vec<u64>,
-    /// What each replica keeps only a part of.
-    pub sharding: Sharding,
-    /// Convex groups of operators whose inner values are computed again in backward.
-    pub recompute: Vec<Vec<NodeId>>,
-}
-
-/// A way to train the model. Stages are in the order in which values flow; ranks in none of them
-/// are idle.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Candidate {
-    /// At least one.
-    pub stages: Vec<StageCandidate>,
-    /// Into how many parts the batch is cut.
-    pub microbatches: u64,
-    /// In which order they run.
-    pub schedule: ScheduleKind,
-    /// The estimated time of a step.
-    pub estimate_ns: u64,
-}
-
-/// The numbers of microbatches that a search considers: powers of two and divisors of the batch
-/// within the range of the options, ascending, none above the rows of the batch.
-pub fn microbatch_candidates(options: &Options) -> Vec<u64> {
-    if let Some(microbatches) = options.microbatches {
-        return vec![microbatches];
-    }
-    let most = options.max_microbatches.min(options.batch_rows).max(1);
-    let fewest = options.min_microbatches.clamp(1, most);
-    let mut found: BTreeSet<u64> = std::iter::successors(Some(1_u64), |power| power.checked_mul(2))
-        .take_while(|&power| power <= most)
-        .filter(|&power| power >= fewest)
-        .collect();
-    // Divisors beyond this would be microbatches too small to be worth the search.
-    let divisors = fewest..=most.min(1 << 16);
-    found.extend(divisors.filter(|&divisor| options.batch_rows.is_multiple_of(divisor)));
-    if found.is_empty() {
-        found.insert(fewest);
-    }
-    found.into_iter().collect()
-}
 
 /// Divides one graph, again and again: what depends on the graph alone is found once, and what
 /// depends on devices and batch is kept as long as they stay the same.
@@ -821,70 +703,6 @@ struct Units {
     shape: Shape,
     one_each: bool,
     stage_counts: (usize, usize),
-}
-
-/// The orders in which devices are handed out: their own, and where they are not all alike as many
-/// others as are worth it.
-fn orders(classes: &Classes) -> Vec<Vec<u32>> {
-    let own: Vec<u32> = (0..classes.of_rank.len() as u32).collect();
-    if classes.devices.len() < 2 {
-        return vec![own];
-    }
-    let class = |rank: u32| classes.of_rank[rank as usize];
-    let mut found: BTreeSet<Vec<usize>> = BTreeSet::new();
-    let own_classes: Vec<usize> = own.iter().map(|&rank| class(rank)).collect();
-    if own.len() <= MOST_REORDERED {
-        arrangements(&mut own_classes.clone(), 0, &mut found);
-    }
-    let mut sequences: Vec<Vec<usize>> = vec![own_classes.clone()];
-    if !found.is_empty() && found.len() <= MAX_ORDERS {
-        sequences.extend(found);
-    } else {
-        let mut sorted = own_classes;
-        for key in [0, 1] {
-            sorted.sort_by_key(|&class| {
-                let device = &classes.devices[class];
-                let by = [device.memory_bytes, device.flops_per_second];
-                (by[key], class)
-            });
-            sequences.push(sorted.clone());
-            sequences.push(sorted.iter().rev().copied().collect());
-        }
-    }
-    let mut orders: Vec<Vec<u32>> = Vec::new();
-    for sequence in sequences {
-        let mut left = own.clone();
-        let order: Vec<u32> = sequence
-            .iter()
-            .filter_map(|&wanted| {
-                let at = left.iter().position(|&rank| class(rank) == wanted)?;
-                Some(left.remove(at))
-            })
-            .collect();
-        if !orders.contains(&order) {
-            orders.push(order);
-        }
-    }
-    orders
-}
-
-/// All distinct orders of the classes, until there are too many.
-fn arrangements(classes: &mut Vec<usize>, from: usize, found: &mut BTreeSet<Vec<usize>>) {
-    if found.len() > MAX_ORDERS {
-        return;
-    }
-    if from == classes.len() {
-        found.insert(classes.clone());
-        return;
-    }
-    for at in from..classes.len() {
-        if classes[from..at].contains(&classes[at]) {
-            continue;
-        }
-        classes.swap(from, at);
-        arrangements(classes, from + 1, found);
-        classes.swap(from, at);
-    }
 }
 
 #[cfg(test)]

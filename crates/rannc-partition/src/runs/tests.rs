@@ -3,7 +3,8 @@ use rannc_cost::{AnalyticCosts, Cluster, DeviceCosts, Sharding, Training};
 use rannc_graph::{Affine, testing};
 
 use super::{Runs, affine_bytes, run_index};
-use crate::price::{FactCache, Pricer, Setting};
+use crate::facts::FactCache;
+use crate::price::{Pricer, Setting};
 use crate::{Atoms, Blocks, brute};
 
 #[test]

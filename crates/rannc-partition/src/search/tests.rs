@@ -3,7 +3,7 @@ use rannc_cost::{Cluster, DeviceCosts, ScheduleKind, Sharding, StageSizes};
 use rannc_graph::{Batch, Graph, testing};
 
 use super::{Candidate, Options, Partitioner, Search, microbatch_candidates, search};
-use crate::price::FactCache;
+use crate::facts::FactCache;
 use crate::stage::Problem;
 use crate::{PartitionError, Remedy, brute, stages_are_valid};
 

@@ -5,6 +5,7 @@ Everything here is collective: every rank calls it, in the same order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .comm import Communicator
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some entries of a tensor, and where they are kept.
+
+    Attributes:
+        ranks: who keeps equal copies; the first one's count.
+        start: the first entry, of all in row-major order.
+        stop: the entry after the last.
+    """
+
+    ranks: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class Holders:
@@ -29,6 +45,11 @@ class Holders:
         """Remembers who holds what."""
         self.comm = comm
         self.ranks = dict(ranks)
+
+    def pieces(self, name: str, numel: int) -> list[Piece]:
+        """Who keeps which of a tensor's ``numel`` entries; each entry is in exactly one piece."""
+        ranks = self.ranks.get(name, range(self.comm.world_size))
+        return [Piece(tuple(ranks), 0, numel)]
 
     def is_local(self, name: str) -> bool:
         """Whether this rank holds ``name``."""

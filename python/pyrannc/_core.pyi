@@ -186,6 +186,12 @@ class Placement:
         For each gradient group its ranks and the names of its parameters.
         """
     @property
+    def group_sharding(self, /) -> list[str]:
+        """
+        What the ranks of each gradient group divide among themselves: `none`, `optimizer`,
+        `gradients` or `parameters`.
+        """
+    @property
     def holders(self, /) -> dict[str, list[int]]:
         """
         The ranks that hold each parameter and buffer that a stage uses, by name.
@@ -256,6 +262,11 @@ class Plan:
     def schedule(self, /) -> str:
         """
         `fill_drain` or `1f1b`.
+        """
+    def shard_at_least(self, /, level: str) -> Plan:
+        """
+        The same plan with every stage that has several replicas sharded at least so far; the
+        estimates stay as they are.
         """
     @property
     def stage_ranks(self, /) -> list[list[int]]:
@@ -369,7 +380,7 @@ class ValueInfo:
         How it depends on the rows of the batch: `split`, `sum`, or `whole`.
         """
 
-def plan(graph: Graph, cluster: str, *, profile_json: str | None = None, batch_size: SupportsIndex, optimizer_state_factor: SupportsFloat | SupportsIndex = 2.0, partition_num: SupportsIndex = 0, replica_num: SupportsIndex = 0, pipeline_num: SupportsIndex = 0, min_pipeline: SupportsIndex = 1, max_pipeline: SupportsIndex = 512, max_partition_num: SupportsIndex = 32, mem_limit_gb: SupportsFloat | SupportsIndex = 0.0, mem_margin: SupportsFloat | SupportsIndex = 0.1, schedule: str = "auto", recompute: bool = True, sharding: str = "none", progress: bool = False) -> Plan:
+def plan(graph: Graph, cluster: str, *, profile_json: str | None = None, batch_size: SupportsIndex, optimizer_state_factor: SupportsFloat | SupportsIndex = 2.0, partition_num: SupportsIndex = 0, replica_num: SupportsIndex = 0, pipeline_num: SupportsIndex = 0, min_pipeline: SupportsIndex = 1, max_pipeline: SupportsIndex = 512, max_partition_num: SupportsIndex = 32, mem_limit_gb: SupportsFloat | SupportsIndex = 0.0, mem_margin: SupportsFloat | SupportsIndex = 0.1, schedule: str = "auto", recompute: bool = True, sharding: str = "none", least_sharding: str = "none", progress: bool = False) -> Plan:
     """
     Plans a deployment.
 

@@ -296,6 +296,20 @@ class Communicator:
             self.wait(dist.all_reduce(tensor, group=self._group(ranks), async_op=True))
         return tensor
 
+    def all_gather_into(self, part: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+        """The equally long parts of all ``ranks``, in their order, in one dimension."""
+        whole = part.new_empty(len(ranks) * part.numel())
+        group = self._group(ranks)
+        self.wait(dist.all_gather_into_tensor(whole, part, group=group, async_op=True))
+        return whole
+
+    def reduce_scatter(self, parts: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+        """Sums ``parts`` over ``ranks``; each gets the row of its position among them."""
+        own = torch.empty_like(parts[0])
+        group = self._group(ranks)
+        self.wait(dist.reduce_scatter_tensor(own, parts.view(-1), group=group, async_op=True))
+        return own
+
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Overwrites ``tensor`` with that of rank ``source`` on every rank."""
         if self.world_size > 1:

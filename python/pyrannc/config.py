@@ -100,6 +100,12 @@ class Config:
     recompute: bool = _item(
         True, "let the planner save memory by computing values again in the backward", _BOOLEAN
     )
+    sharding: str = _item(
+        "none",
+        "the most that the replicas of a stage may divide where memory is short: optimizer state, "
+        "also gradients, also parameters",
+        _one_of("none", "optimizer", "gradients", "parameters"),
+    )
     mem_limit_gb: float = _item(
         0, "use at most this many GiB of each device; 0: all of its memory", _NOT_NEGATIVE
     )

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from . import _slices
+from ._buckets import buckets
 from .errors import ExecutionError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from ._core import Action, Slot, ValueInfo
     from .comm import Communicator, Received
+    from .sharding import Sharding
     from .stage import StageModule
 
 
@@ -75,12 +77,14 @@ class Executor:
         stages: the stages this rank holds a replica of, by number.
         values: what is known of each tensor of the graph, by id.
         groups: for each gradient group its ranks and the names of its parameters.
+        sharding: which parameters are divided between ranks.
     """
 
     comm: Communicator
     stages: dict[int, StageModule]
     values: Sequence[ValueInfo]
     groups: Sequence[tuple[list[int], list[str]]]
+    sharding: Sharding
 
     def run(self, actions: Sequence[Action], step: Step) -> None:
         """Runs ``actions`` in order.
@@ -88,9 +92,10 @@ class Executor:
         Raises:
             ExecutionError: naming this rank and the action; the other ranks stop as well.
         """
-        for action in actions:
-            with self.comm.guard(action, stage=action.stage):
-                self._run(action, step)
+        with self.sharding.whole():
+            for action in actions:
+                with self.comm.guard(action, stage=action.stage):
+                    self._run(action, step)
         with self.comm.guard("waiting for the arrival of what was sent"):
             self.comm.finish_sends()
 
@@ -242,7 +247,10 @@ class Executor:
         for name in names:
             if name not in step.gradients:
                 step.gradients[name] = torch.zeros_like(parameters[name])
-        for bucket in _buckets([step.gradients[name] for name in names]):
+        divided = {name: step.gradients[name] for name in names if name in self.sharding}
+        step.gradients.update(self.sharding.scatter(divided))
+        copies = [step.gradients[name] for name in names if name not in divided]
+        for bucket in buckets(copies, lambda gradient: gradient):
             self._reduce_bucket(bucket, ranks)
 
     def _reduce_bucket(self, bucket: list[torch.Tensor], ranks: list[int]) -> None:
@@ -300,23 +308,3 @@ def _own(gradient: torch.Tensor, seen: set[int]) -> torch.Tensor:
     if own and storage.data_ptr() not in seen:
         return gradient
     return gradient.clone(memory_format=torch.contiguous_format)
-
-
-def _buckets(
-    gradients: list[torch.Tensor], limit_bytes: int = 32 * 2**20
-) -> list[list[torch.Tensor]]:
-    """Cuts a list into runs of one type and about ``limit_bytes``: few messages, but small ones."""
-    buckets: list[list[torch.Tensor]] = []
-    size = 0
-    for gradient in gradients:
-        if (
-            buckets
-            and buckets[-1][0].dtype == gradient.dtype
-            and size + gradient.nbytes <= limit_bytes
-        ):
-            buckets[-1].append(gradient)
-            size += gradient.nbytes
-        else:
-            buckets.append([gradient])
-            size = gradient.nbytes
-    return buckets

@@ -39,6 +39,9 @@ class RaNNCModule(torch.nn.Module):
         loss_reduction: how a loss that you compute *outside* the model reduces over rows.
             ``"mean"``: the gradients you pass to the outputs are weighted by this process's share
             of the rows, as in ``DistributedDataParallel``. ``"sum"``: they are taken as they are.
+        enable_zero: whether the replicas of a stage divide the optimizer's state among themselves,
+            on every stage that has several; what they divide beyond that, see `sharding` in the
+            settings. The parameters that this process holds are then parts of one dimension.
         config: settings; by default those of ``rannc_conf.toml`` and the ``RANNC_*`` variables.
 
     Raises:
@@ -54,6 +57,7 @@ class RaNNCModule(torch.nn.Module):
         load_deployment: str | PathLike[str] | None = None,
         *,
         loss_reduction: str = "mean",
+        enable_zero: bool = False,
         config: Config | None = None,
     ) -> None:
         """Wraps ``model``; nothing is planned before the first call."""
@@ -74,6 +78,7 @@ class RaNNCModule(torch.nn.Module):
             gather_inputs=gather_inputs,
             load_deployment=None if load_deployment is None else str(load_deployment),
             loss_reduction=loss_reduction,
+            enable_zero=enable_zero,
             config=config or Config.load(),
         )
         _live.add(self)
@@ -191,10 +196,7 @@ class RaNNCModule(torch.nn.Module):
             return self.model.state_dict(*args, **kwargs)
         holders = self._runtime.holders
         gathered: dict[int, torch.Tensor | None] = {}
-        names = {
-            id(t): name
-            for name, t in [*self._runtime.parameters.items(), *self._runtime.buffers.items()]
-        }
+        names = self._first_names()
         for tensor in own.values():
             if isinstance(tensor, torch.Tensor) and id(tensor) not in gathered:
                 gathered[id(tensor)] = holders.on_rank_zero(names.get(id(tensor), ""), tensor)
@@ -235,8 +237,11 @@ class RaNNCModule(torch.nn.Module):
             )
         local = {id(p) for p in self._runtime.local_parameters().values()}
         buffers = {id(b) for b in self._runtime.buffers.values()}
-        targets = {name: t for name, t in own.items() if id(t) in local or id(t) in buffers}
-        state.copy_local(targets, {name: t for name, t in state_dict.items() if name in targets})
+        first = self._first_names()
+        here = [name for name, t in own.items() if id(t) in local or id(t) in buffers]
+        targets = {first[id(own[name])]: own[name] for name in here}
+        given = {first[id(own[name])]: state_dict[name] for name in here if name in state_dict}
+        state.copy_local(targets, given, self._runtime.holders)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)  # torch's type
 
     def save_deployment(self, path: str | PathLike[str]) -> None:
@@ -274,6 +279,11 @@ class RaNNCModule(torch.nn.Module):
         raise RaNNCError(
             f"the model has no parameter `{name}`", hint="named_parameters() lists them"
         )
+
+    def _first_names(self) -> dict[int, str]:
+        """The name that counts of each parameter and buffer, by its identity."""
+        known = [*self._runtime.parameters.items(), *self._runtime.buffers.items()]
+        return {id(tensor): name for name, tensor in known}
 
     def _canonical(self, name: str) -> str:
         """The first name of a parameter that has several."""

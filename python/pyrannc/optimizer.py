@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import RaNNCError
+
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
+
+    from .state import Division
 
 _PROBE_SIZE = 64
+_PROBE_SHAPE = (6, 4)
+_PROBE_STEPS = 3
+
+_NOT_ELEMENT_WISE = {
+    "LBFGS": "it looks at all parameters together",
+    "Adafactor": "it keeps sums over the rows and columns of a parameter",
+    "Muon": "it works on whole matrices",
+    "SparseAdam": "it takes sparse gradients",
+}
+"""Optimizers of PyTorch that cannot be shown to work on parts, or only slowly."""
 
 
 def keep_local(optimizer: torch.optim.Optimizer, local: Container[torch.nn.Parameter]) -> None:
@@ -26,6 +41,88 @@ def keep_local(optimizer: torch.optim.Optimizer, local: Container[torch.nn.Param
     for parameter in list(optimizer.state):
         if isinstance(parameter, torch.nn.Parameter) and parameter not in local:
             del optimizer.state[parameter]
+
+
+def keep_part(
+    optimizer: torch.optim.Optimizer,
+    parameter: torch.nn.Parameter,
+    division: Division,
+    rank: int,
+) -> None:
+    """Cuts what the optimizer keeps for a whole parameter down to the part of ``rank``."""
+    kept = optimizer.state.get(parameter, {})
+    for key, value in kept.items():
+        if isinstance(value, torch.Tensor) and value.shape == division.shape:
+            kept[key] = division.part(value, rank).clone()
+
+
+def check_element_wise(optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that the optimizer does the same to parts of a parameter as to the whole.
+
+    Shown by steps of copies of it, with the options of each of its groups, on a small parameter.
+
+    Raises:
+        RaNNCError: when it does not, or when that cannot be tried.
+    """
+    name = type(optimizer).__name__
+    reason = _NOT_ELEMENT_WISE.get(name)
+    for group in optimizer.param_groups if reason is None else ():
+        try:
+            alike = _steps_alike(optimizer, group)
+        except Exception as error:  # any class may refuse
+            reason = f"a trial step failed with {type(error).__name__}: {error}"
+            break
+        if not alike:
+            reason = "a step on a parameter in two parts gives another result than on the whole"
+            break
+    if reason is not None:
+        raise RaNNCError(
+            f"`{name}` cannot train parameters that are divided between replicas: {reason}",
+            hint="leave out `enable_zero` and set `sharding` to `none`, or take an optimizer that "
+            "treats each entry by itself, such as Adam, AdamW, SGD, RMSprop or Adagrad",
+        )
+
+
+def _steps_alike(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a whole and its parts are the same after some steps."""
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in group["params"]), torch.device("cpu"))
+
+    def random() -> torch.Tensor:
+        numbers = torch.randn(_PROBE_SHAPE, generator=generator, dtype=torch.float64)
+        return numbers.to(device)
+
+    start, gradients = random(), [random() for _ in range(_PROBE_STEPS)]
+    middle = start.numel() // 2 - 1
+    whole = _stepped(optimizer, group, [start], [[gradient] for gradient in gradients])
+    cut = [[g.reshape(-1)[:middle], g.reshape(-1)[middle:]] for g in [start, *gradients]]
+    parts = _stepped(optimizer, group, cut[0], cut[1:])
+    joined = torch.cat(parts).view(_PROBE_SHAPE)
+    # In float64 the order of operations is worth 1e-16 a step; any norm or mean changes digits.
+    return torch.allclose(whole[0], joined, rtol=1e-12, atol=1e-12)
+
+
+def _stepped(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    values: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """The values after a copy of the optimizer has taken a step with each of the gradients."""
+    parameters = [torch.nn.Parameter(value.clone()) for value in values]
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    options = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    copy = object.__new__(type(optimizer))
+    # What a scheduler or hook put on the object itself belongs to the original.
+    copy.__dict__.update({k: v for k, v in vars(optimizer).items() if not callable(v)})
+    copy.__dict__.update({k: OrderedDict() for k in vars(optimizer) if k.endswith("_hooks")})
+    copy.param_groups = [{**options, "params": parameters}]
+    copy.state = defaultdict(dict)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        copy.step()
+    return [parameter.detach() for parameter in parameters]
 
 
 def state_bytes_per_parameter_byte(optimizer: torch.optim.Optimizer) -> float | None:

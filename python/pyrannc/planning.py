@@ -7,6 +7,7 @@ the cluster, the optimizer's appetite, and the configuration.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ def make_plan(
     *,
     batch_rows: int,
     config: Config,
+    least_sharding: str,
     load_deployment: str | None,
 ) -> _core.Plan:
     """The deployment to use, the same on every rank; collective.
@@ -47,6 +49,7 @@ def make_plan(
         optimizer: whose state needs memory.
         batch_rows: rows of the global batch.
         config: what the user forces.
+        least_sharding: what replicas have to divide at least.
         load_deployment: a deployment file to use as it is.
 
     Raises:
@@ -62,9 +65,10 @@ def make_plan(
         try:
             if description is None:
                 assert path is not None
-                plan = _core.Plan.load(path)
+                plan = _core.Plan.load(path).shard_at_least(least_sharding)
             else:
-                plan = _search(comm, captured, graph, optimizer, batch_rows, config, description)
+                search = _Search(captured, graph, optimizer, batch_rows, config, least_sharding)
+                plan = search.plan(comm, description)
             plan.check(graph, comm.world_size)
             _refuse_sharding(plan)
             if config.save_deployment:
@@ -81,47 +85,54 @@ def make_plan(
 
 def _refuse_sharding(plan: _core.Plan) -> None:
     for stage, sharding in enumerate(plan.stage_sharding):
-        if sharding != "none":
+        if sharding not in ("none", "optimizer"):
             message = (
-                f"stage {stage} of the deployment has the sharding `{sharding}`, but only `none` "
-                "can be run yet: every replica keeps all parameters and optimizer state"
+                f"stage {stage} of the deployment has the sharding `{sharding}`, but only "
+                "`optimizer` can be run yet: every replica keeps all parameters"
             )
-            raise DeploymentError(message, "set it to `none` in the file, or plan without sharding")
+            raise DeploymentError(message, "set it to `optimizer` in the file")
 
 
-def _search(
-    comm: Communicator,
-    captured: Captured,
-    graph: _core.Graph,
-    optimizer: torch.optim.Optimizer | None,
-    batch_rows: int,
-    config: Config,
-    description: str,
-) -> _core.Plan:
-    profile_json = None
-    if config.measure:
-        rows = rows_to_measure(batch_rows, comm.world_size)
-        profile_json = profile(captured, graph, rows, comm.device, config=config)
-    inputs = {"graph": graph.to_json(), "cluster": description, "profile": profile_json}
-    _keep_inputs(config.planner_inputs_dir, inputs)
-    return _core.plan(
-        graph,
-        description,
-        profile_json=profile_json,
-        batch_size=batch_rows,
-        optimizer_state_factor=optimizer_state_factor(optimizer, config),
-        partition_num=config.partition_num,
-        replica_num=config.replica_num,
-        pipeline_num=config.pipeline_num,
-        min_pipeline=config.min_pipeline,
-        max_pipeline=config.max_pipeline,
-        max_partition_num=config.max_partition_num,
-        mem_limit_gb=config.mem_limit_gb,
-        mem_margin=config.mem_margin,
-        schedule=config.schedule,
-        recompute=config.recompute,
-        progress=True,
-    )
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What a plan is to be found for."""
+
+    captured: Captured
+    graph: _core.Graph
+    optimizer: torch.optim.Optimizer | None
+    batch_rows: int
+    config: Config
+    least_sharding: str
+
+    def plan(self, comm: Communicator, description: str) -> _core.Plan:
+        """The best plan for a cluster."""
+        config = self.config
+        profile_json = None
+        if config.measure:
+            rows = rows_to_measure(self.batch_rows, comm.world_size)
+            profile_json = profile(self.captured, self.graph, rows, comm.device, config=config)
+        inputs = {"graph": self.graph.to_json(), "cluster": description, "profile": profile_json}
+        _keep_inputs(config.planner_inputs_dir, inputs)
+        return _core.plan(
+            self.graph,
+            description,
+            profile_json=profile_json,
+            batch_size=self.batch_rows,
+            optimizer_state_factor=optimizer_state_factor(self.optimizer, config),
+            partition_num=config.partition_num,
+            replica_num=config.replica_num,
+            pipeline_num=config.pipeline_num,
+            min_pipeline=config.min_pipeline,
+            max_pipeline=config.max_pipeline,
+            max_partition_num=config.max_partition_num,
+            mem_limit_gb=config.mem_limit_gb,
+            mem_margin=config.mem_margin,
+            schedule=config.schedule,
+            recompute=config.recompute,
+            sharding=config.sharding,
+            least_sharding=self.least_sharding,
+            progress=True,
+        )
 
 
 def _keep_inputs(folder: str, inputs: dict[str, str | None]) -> None:

@@ -22,7 +22,8 @@ from .capture import Captured, batch_size, capture, input_signature
 from .comm import Communicator
 from .errors import ExecutionError, MismatchError, RaNNCError
 from .executor import Executor, Step
-from .optimizer import keep_local
+from .optimizer import check_element_wise, keep_local, keep_part
+from .sharding import Sharding
 from .stage import build_stage
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Runtime:
         gather_inputs: bool,
         load_deployment: str | None,
         loss_reduction: str,
+        enable_zero: bool,
         config: Config,
     ) -> None:
         """Connects to the other ranks; planning waits for the first batch."""
@@ -126,6 +128,9 @@ class Runtime:
         self.load_deployment = load_deployment
         self.loss_reduction = loss_reduction
         self.config = config
+        self.least_sharding = "optimizer" if enable_zero else "none"
+        if optimizer is not None and (enable_zero or config.sharding != "none"):
+            check_element_wise(optimizer)
         self.comm = Communicator.connect(config.timeout)
         if config.show_config_items and self.comm.rank == 0:
             print(config.report())
@@ -133,6 +138,7 @@ class Runtime:
         self.buffers = dict(model.named_buffers())
         self._variants: dict[tuple[bool, str], _Variant] = {}
         self._elsewhere: list[torch.nn.Parameter] = []
+        self.sharding = Sharding(self.comm)
         self.deployed = False
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -178,13 +184,18 @@ class Runtime:
             problem = error
         training = torch.is_grad_enabled()
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
-        header = [digest, int(self.model.training), int(training), rows, int(problem is not None)]
+        changed = self.sharding.changed
+        flags = [int(changed), int(problem is not None)]
+        header = [digest, int(self.model.training), int(training), rows, *flags]
         with self.comm.guard("comparing the calls of all ranks"):
             headers = self.comm.all_gather_row(header)
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
             self._explain_mismatch(signature, training=training)
+        if any(other[4] for other in headers):
+            with self.comm.guard("gathering sharded parameters"):
+                self.sharding.gather()
         all_rows = [other[3] for other in headers]
         if not self.gather:
             all_rows = [all_rows[0], *([0] * (self.comm.world_size - 1))]
@@ -217,6 +228,7 @@ class Runtime:
             self.optimizer,
             batch_rows=arrival.total,
             config=self.config,
+            least_sharding=self.least_sharding,
             load_deployment=self.load_deployment,
         )
         if self.comm.rank == 0:
@@ -225,6 +237,7 @@ class Runtime:
         self.holders = state.Holders(self.comm, dict(placement.holders))
         self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
         self._take_part()
+        self._divide(placement)
         self._variants[True, signature] = self._build(captured, graph, placement)
         self.deployed = True
 
@@ -238,6 +251,21 @@ class Runtime:
                 self._elsewhere.append(tensor)
         if self.optimizer is not None:
             keep_local(self.optimizer, set(self.local_parameters().values()))
+
+    def _divide(self, placement: _core.Placement) -> None:
+        """Makes parameters that replicas divide this rank's part of them."""
+        groups = zip(placement.gradient_groups, placement.group_sharding, strict=True)
+        for (ranks, names), level in groups:
+            for name in names if level != "none" else ():
+                division = state.Division(tuple(ranks), self.parameters[name].shape)
+                self.holders.divisions[name] = division
+                if self.holders.is_local(name):
+                    if self.optimizer is not None:
+                        keep_part(self.optimizer, self.parameters[name], division, self.comm.rank)
+                    self.sharding.divide(name, self.parameters[name], division)
+        if self.optimizer is not None and self.holders.divisions:
+            check_element_wise(self.optimizer)  # also where a loaded deployment asks for it
+            self.sharding.watch(self.optimizer)
 
     def local_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that this rank holds, by name; all of them before deployment."""
@@ -299,7 +327,8 @@ class Runtime:
             for index, stage in enumerate(placement.stages)
             if self.comm.rank in stage.ranks
         }
-        executor = Executor(self.comm, stages, graph.values, placement.gradient_groups)
+        groups = placement.gradient_groups
+        executor = Executor(self.comm, stages, graph.values, groups, self.sharding)
         return _Variant(captured, graph, placement, executor)
 
     def _denominators(
@@ -346,7 +375,8 @@ class Runtime:
             if not self.holders.is_local(name):
                 parameter.data = torch.empty_like(parameter) if full is None else full
         try:
-            yield
+            with self.sharding.whole():
+                yield
         finally:
             for parameter in self._elsewhere:
                 state.free(parameter)
@@ -357,6 +387,8 @@ class Runtime:
             parameter, gradient = self.parameters[name], gradients.pop(name)
             if scale is not None:
                 gradient.mul_(scale)
+            if gradient.numel() == 0 and name in self.sharding:
+                continue  # other replicas train all of it
             if parameter.grad is None:
                 parameter.grad = gradient
             else:

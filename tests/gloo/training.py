@@ -15,7 +15,7 @@ import pyrannc
 from tests.models import Case, case, slice_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SEED = 7
 
@@ -32,6 +32,8 @@ class Setup:
         shares: for each of these stages, how its replicas divide the rows; equally if empty.
         recompute: how many operators of the deployment written by hand form a group whose values
             are computed again in backward; those of a stage that are left form another.
+        sharding: what the replicas of each of these stages divide.
+        optimizer: one of `OPTIMIZERS`.
         seed: of random numbers in the model, on every rank.
         schedule: forced schedule.
         gather_inputs: as for `RaNNCModule`.
@@ -44,6 +46,8 @@ class Setup:
     stage_ranks: tuple[tuple[int, ...], ...] = ()
     shares: tuple[tuple[int, ...], ...] = ()
     recompute: int = 0
+    sharding: str = "none"
+    optimizer: str = "adam"
     seed: int | None = None
     schedule: str = "auto"
     gather_inputs: bool = True
@@ -66,7 +70,8 @@ class Setup:
     def __str__(self) -> str:
         layout = "-".join(str(len(ranks)) for ranks in self.stage_ranks) or f"s{self.num_stages}"
         recompute = f"-r{self.recompute}" if self.recompute else ""
-        return f"w{self.world_size}-{layout}-m{self.microbatches}{recompute}"
+        sharding = "" if self.sharding == "none" else f"-{self.sharding}-{self.optimizer}"
+        return f"w{self.world_size}-{layout}-m{self.microbatches}{recompute}{sharding}"
 
 
 @dataclass
@@ -104,7 +109,7 @@ def train_plainly(name: str, setup: Setup) -> Record:
     """On one process, with the global batch of each step."""
     chosen = case(name)
     model = chosen.make_model()
-    optimizer = _adam(chosen, model)
+    optimizer = _optimizer(chosen, model, setup)
     record = Record()
     for step, rows in enumerate(setup.rows):
         total = sum(rows) if setup.gather_inputs else rows[0]
@@ -128,7 +133,7 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
     chosen = case(name)
     deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
     model = chosen.make_model()
-    optimizer = _adam(chosen, model)
+    optimizer = _optimizer(chosen, model, setup)
     wrapped = pyrannc.RaNNCModule(
         model,
         optimizer,
@@ -156,11 +161,31 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
     return record
 
 
-def _adam(chosen: Case, model: torch.nn.Module) -> torch.optim.Optimizer | None:
-    """Adam; in float32 with an epsilon above the rounding of gradients that are zero in truth."""
+OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]] = {
+    "adam": lambda parameters, eps: torch.optim.Adam(parameters, lr=0.01, eps=eps),
+    "adamw": lambda parameters, eps: torch.optim.AdamW(
+        parameters, lr=0.01, eps=eps, weight_decay=0.1, amsgrad=True, foreach=True
+    ),
+    "fused": lambda parameters, eps: torch.optim.AdamW(parameters, lr=0.01, eps=eps, fused=True),
+    "sgd": lambda parameters, _: torch.optim.SGD(
+        parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1
+    ),
+    "maximize": lambda parameters, _: torch.optim.SGD(parameters, lr=0.01, maximize=True),
+    "rmsprop": lambda parameters, _: torch.optim.RMSprop(
+        parameters, lr=0.01, momentum=0.5, centered=True, eps=1e-3
+    ),
+    "adagrad": lambda parameters, _: torch.optim.Adagrad(parameters, lr=0.01),
+    "groups": lambda parameters, eps: torch.optim.Adam(
+        [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": 0.02}], lr=0.01, eps=eps
+    ),
+}
+
+
+def _optimizer(chosen: Case, model: torch.nn.Module, setup: Setup) -> torch.optim.Optimizer | None:
+    """In float32 with an epsilon above the rounding of gradients that are zero in truth."""
     parameters = list(model.parameters())
     eps = 1e-8 if chosen.float64_ok else 1e-4
-    return torch.optim.Adam(parameters, lr=0.01, eps=eps) if parameters else None
+    return OPTIMIZERS[setup.optimizer](parameters, eps) if parameters else None
 
 
 def _local_batch(chosen: Case, setup: Setup, step: int, rows: Sequence[int]) -> Any:
@@ -210,6 +235,8 @@ def _hand_written(chosen: Case, setup: Setup, folder: str) -> str:
                 nodes, size = stage["nodes"], setup.recompute
                 groups = [nodes[start : start + size] for start in range(0, len(nodes), size)]
                 stage["recompute"] = groups
+            if len(stage["ranks"]) > 1:
+                stage["sharding"] = setup.sharding
         for stage, shares in zip(plan["stages"], setup.shares, strict=False):
             stage["shares"] = list(shares)
         path.write_text(json.dumps(plan))

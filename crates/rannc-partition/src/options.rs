@@ -35,6 +35,8 @@ pub struct Options {
     pub recompute: bool,
     /// The most that the replicas of a stage may divide among themselves.
     pub sharding: Sharding,
+    /// The least that they divide, wherever a stage has several.
+    pub least_sharding: Sharding,
     /// What training adds to the model's memory.
     pub training: Training,
     /// The schedules to consider; of equals the first wins.
@@ -57,6 +59,7 @@ impl Options {
             memory_margin_ppm: 0,
             recompute: false,
             sharding: Sharding::None,
+            least_sharding: Sharding::None,
             training: Training::default(),
             schedules: vec![ScheduleKind::FillDrain],
         }

@@ -672,6 +672,10 @@ impl<'a, 'g> Search<'a, 'g> {
                 let found = details.shares.iter().find(|&&(of, _)| of == class);
                 found.map_or(1, |&(_, rows)| rows)
             };
+            let sharding = match ranks.len() {
+                1 => details.sharding,
+                _ => details.sharding.max(self.options.least_sharding),
+            };
             let mut shares: Vec<u64> = ranks.iter().map(rows_of).collect();
             if shares.windows(2).all(|pair| pair[0] == pair[1]) {
                 shares.clear();
@@ -685,7 +689,7 @@ impl<'a, 'g> Search<'a, 'g> {
                 nodes: atoms.stage(graph, cut.blocks.atoms(start..end).iter().copied()),
                 ranks,
                 shares,
-                sharding: details.sharding,
+                sharding,
                 recompute: details.repeated.iter().map(group).collect(),
             }
         };

@@ -37,6 +37,8 @@ pub struct Options {
     pub recompute: bool,
     /// The most that the replicas of a stage may divide among themselves.
     pub sharding: Sharding,
+    /// The least that they divide, wherever a stage has several.
+    pub least_sharding: Sharding,
 }
 
 impl Default for Options {
@@ -55,6 +57,7 @@ impl Default for Options {
             schedules: ScheduleKind::ALL.to_vec(),
             recompute: true,
             sharding: Sharding::None,
+            least_sharding: Sharding::None,
         }
     }
 }
@@ -99,7 +102,8 @@ pub(crate) fn search_options(
         training: Training { optimizer_state_factor_ppm: factor },
         memory_margin_ppm: (options.memory_margin * PARTS).round() as u64,
         recompute: options.recompute,
-        sharding: options.sharding,
+        sharding: options.sharding.max(options.least_sharding),
+        least_sharding: options.least_sharding,
         schedules: possible_schedules(graph, &options.schedules)?,
         ..rannc_partition::Options::new(options.batch_size, cluster.devices.len(), usable as u64)
     })

@@ -42,11 +42,14 @@ pub struct PlacedStage {
     pub recompute: Vec<Vec<NodeId>>,
 }
 
-/// Parameters whose gradients are summed together: those held by exactly these ranks.
+/// Parameters whose gradients are summed together: those held by exactly these ranks and divided
+/// alike among them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
     /// The ranks, ascending; at least two.
     pub ranks: Vec<u32>,
+    /// What the ranks divide: what their stage says, nothing for parameters of several stages.
+    pub sharding: Sharding,
     /// The parameters, ascending.
     pub parameters: Vec<ValueId>,
 }
@@ -473,13 +476,25 @@ fn ranks_by_state(stages: &[PlacedStage]) -> BTreeMap<ValueId, BTreeSet<u32>> {
 }
 
 fn gradient_groups(graph: &Graph, stages: &[PlacedStage]) -> Vec<Group> {
-    let mut groups: BTreeMap<Vec<u32>, Vec<ValueId>> = BTreeMap::new();
+    let mut groups: BTreeMap<(Vec<u32>, Sharding), Vec<ValueId>> = BTreeMap::new();
     for (id, ranks) in ranks_by_state(stages) {
         if ranks.len() > 1 && is_trainable(graph.value(id)) {
-            groups.entry(ranks.into_iter().collect()).or_default().push(id);
+            let key = (ranks.into_iter().collect(), sharding_of(id, stages));
+            groups.entry(key).or_default().push(id);
         }
     }
-    groups.into_iter().map(|(ranks, parameters)| Group { ranks, parameters }).collect()
+    let group = |((ranks, sharding), parameters)| Group { ranks, sharding, parameters };
+    groups.into_iter().map(group).collect()
+}
+
+/// What the holders of a parameter divide: replicas of one stage can, of several stages cannot, since
+/// each stage may divide in another way.
+fn sharding_of(parameter: ValueId, stages: &[PlacedStage]) -> Sharding {
+    let mut holding = stages.iter().filter(|stage| stage.state.contains(&parameter));
+    match (holding.next(), holding.next()) {
+        (Some(stage), None) => stage.sharding,
+        _ => Sharding::None,
+    }
 }
 
 fn holders(graph: &Graph, stages: &[PlacedStage]) -> BTreeMap<String, Vec<u32>> {

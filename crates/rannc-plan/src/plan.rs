@@ -47,6 +47,18 @@ pub struct PlanStage {
     pub recompute: Vec<Vec<String>>,
 }
 
+impl Plan {
+    /// The same plan with every stage that has several replicas sharded at least so far. The
+    /// estimates stay as they are.
+    #[must_use]
+    pub fn shard_at_least(mut self, level: Sharding) -> Self {
+        for stage in self.stages.iter_mut().filter(|stage| stage.ranks.len() > 1) {
+            stage.sharding = stage.sharding.max(level);
+        }
+        self
+    }
+}
+
 /// What a plan is expected to cost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -54,7 +54,7 @@ pub(crate) struct PlacedStage {
     graph, cluster, *, profile_json = None, batch_size, optimizer_state_factor = 2.0,
     partition_num = 0, replica_num = 0, pipeline_num = 0, min_pipeline = 1, max_pipeline = 512,
     max_partition_num = 32, mem_limit_gb = 0.0, mem_margin = 0.1, schedule = "auto", recompute = true,
-    sharding = "none", progress = false,
+    sharding = "none", least_sharding = "none", progress = false,
 ))]
 #[expect(clippy::too_many_arguments, reason = "the items of the configuration, by name")]
 pub(crate) fn plan(
@@ -75,6 +75,7 @@ pub(crate) fn plan(
     schedule: &str,
     recompute: bool,
     sharding: &str,
+    least_sharding: &str,
     progress: bool,
 ) -> PyResult<Plan> {
     let cluster = if cluster.trim_start().starts_with('{') {
@@ -103,6 +104,7 @@ pub(crate) fn plan(
         schedules,
         recompute,
         sharding: sharding.parse().map_err(raise_cost)?,
+        least_sharding: least_sharding.parse().map_err(raise_cost)?,
     };
     let plan = py.detach(|| {
         let planner = rannc_plan::Planner::new(&graph.graph, profile.as_ref());
@@ -133,6 +135,13 @@ impl Plan {
     /// The JSON form.
     fn to_json(&self) -> String {
         self.plan.to_json()
+    }
+
+    /// The same plan with every stage that has several replicas sharded at least so far; the
+    /// estimates stay as they are.
+    fn shard_at_least(&self, level: &str) -> PyResult<Self> {
+        let level = level.parse().map_err(raise_cost)?;
+        Ok(Self { plan: self.plan.clone().shard_at_least(level) })
     }
 
     /// Raises unless the plan is one for this graph and this many processes.
@@ -245,6 +254,13 @@ impl Placement {
     fn gradient_groups(&self) -> Vec<(Vec<u32>, Vec<String>)> {
         let groups = self.placed.groups.iter().zip(&self.parameters);
         groups.map(|(group, names)| (group.ranks.clone(), names.clone())).collect()
+    }
+
+    /// What the ranks of each gradient group divide among themselves: `none`, `optimizer`,
+    /// `gradients` or `parameters`.
+    #[getter]
+    fn group_sharding(&self) -> Vec<String> {
+        self.placed.groups.iter().map(|group| group.sharding.to_string()).collect()
     }
 
     /// The ranks that hold each parameter and buffer that a stage uses, by name.

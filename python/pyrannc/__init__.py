@@ -19,7 +19,15 @@ from .errors import (
     RaNNCError,
     ScheduleError,
 )
-from .module import RaNNCModule, barrier, clear, get_rank, get_world_size, show_deployment
+from .module import (
+    RaNNCModule,
+    barrier,
+    clear,
+    delay_grad_allreduce,
+    get_rank,
+    get_world_size,
+    show_deployment,
+)
 
 __all__ = [
     "CaptureError",
@@ -36,6 +44,7 @@ __all__ = [
     "ScheduleError",
     "barrier",
     "clear",
+    "delay_grad_allreduce",
     "get_rank",
     "get_world_size",
     "show_deployment",

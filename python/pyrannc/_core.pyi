@@ -196,9 +196,16 @@ class Placement:
         """
         The ranks that hold each parameter and buffer that a stage uses, by name.
         """
-    def program(self, /, rows: SupportsGetItem[int, SupportsIndex], *, gather: bool, training: bool) -> Program:
+    def program(self, /, rows: SupportsGetItem[int, SupportsIndex], *, gather: bool, training: bool, reduce: bool = True) -> Program:
         """
         Every rank's actions for a batch with these rows per rank, checked.
+
+        In training, gradients are added up between ranks unless `reduce` is false.
+        """
+    def reduction(self, /) -> Program:
+        """
+        Every rank's actions that add up what programs without `reduce` have left, checked; all are in
+        the forward pass.
         """
     @property
     def stages(self, /) -> list[PlacedStage]:

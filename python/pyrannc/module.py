@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import _core, state
+from .accumulation import Accumulation
 from .comm import ensure_process_group, get_rank, get_world_size
 from .config import Config
 from .errors import DeploymentError, RaNNCError
@@ -175,12 +177,33 @@ class RaNNCModule(torch.nn.Module):
         """A copy of one parameter's full gradient on every process, if it has one; collective.
 
         Raises:
-            RaNNCError: when the model has no parameter of that name.
+            RaNNCError: when the model has no parameter of that name, or while gradients wait to be
+                added up, see :meth:`no_sync`.
         """
         parameter = self._parameter(name)
+        self._runtime.accumulation.refuse("get_param_grad()")
         if not self._runtime.deployed:
             return None if parameter.grad is None else parameter.grad.detach().clone()
         return self._runtime.holders.everywhere(self._canonical(name), parameter.grad, parameter)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Has backwards of calls in the body accumulate without adding up between processes.
+
+        As :meth:`torch.nn.parallel.DistributedDataParallel.no_sync`: the first call and backward
+        after it add up all that accumulated, and so does :meth:`allreduce_grads`. Until then
+        ``.grad`` is this process's summand. All processes must enter it for the same calls.
+        """
+        with self._runtime.accumulation.delaying():
+            yield
+
+    def allreduce_grads(self) -> None:
+        """Adds up what accumulated in :meth:`no_sync` or delayed; collective.
+
+        Raises:
+            RaNNCError: when nothing accumulated so.
+        """
+        self._runtime.accumulation.reduce_now()
 
     def state_dict(  # type: ignore[override]  # torch's are overloads
         self, *args: Any, **kwargs: Any
@@ -306,6 +329,15 @@ def clear() -> None:
     _live.clear()
 
 
+def delay_grad_allreduce(delay: bool) -> None:  # noqa: FBT001 - the original's signature
+    """Has backwards of all models leave gradients as each process has them, or add them up again.
+
+    As :meth:`RaNNCModule.no_sync`, for calls that follow; :meth:`RaNNCModule.allreduce_grads` adds
+    up what accumulated. All processes must call it alike.
+    """
+    Accumulation.delayed_everywhere = bool(delay)
+
+
 def show_deployment(path: str | PathLike[str], batch_size: int | None = None) -> None:
     """Prints a saved deployment: stages, ranks, and rows of each microbatch for a global batch.
 
@@ -320,6 +352,7 @@ __all__ = [
     "RaNNCModule",
     "barrier",
     "clear",
+    "delay_grad_allreduce",
     "get_rank",
     "get_world_size",
     "show_deployment",

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from . import _core, _slices, planning, state
 from ._core import Slot
 from ._structure import flatten
+from .accumulation import Accumulation, Reduction
 from .capture import Captured, batch_size, capture, input_signature
 from .comm import Communicator
 from .errors import ExecutionError, MismatchError, RaNNCError
@@ -69,13 +70,16 @@ class _Variant:
     graph: _core.Graph
     placement: _core.Placement
     executor: Executor
+    reduction: Reduction
     programs: dict[tuple[Any, ...], _core.Program] = field(default_factory=dict)
 
-    def program(self, rows: tuple[int, ...], *, gather: bool, training: bool) -> _core.Program:
-        key = (rows, gather, training)
+    def program(
+        self, rows: tuple[int, ...], *, gather: bool, training: bool, reduce: bool
+    ) -> _core.Program:
+        key = (rows, gather, training, reduce)
         if key not in self.programs:
             self.programs[key] = self.placement.program(
-                list(rows), gather=gather, training=training
+                list(rows), gather=gather, training=training, reduce=reduce
             )
         return self.programs[key]
 
@@ -87,10 +91,12 @@ class Arrival:
     Attributes:
         rows: rows of each rank's local batch that count.
         training: whether gradients are wanted.
+        delayed: whether they are to stay as each rank has them.
     """
 
     rows: tuple[int, ...]
     training: bool
+    delayed: bool
 
     @property
     def total(self) -> int:
@@ -105,10 +111,12 @@ class Runtime:
         plan: what was decided.
         comm: the connections to the other ranks.
         holders: which ranks hold each parameter and buffer.
+        accumulation: gradients that wait to be added up between ranks.
     """
 
     plan: _core.Plan
     holders: state.Holders
+    accumulation: Accumulation
 
     def __init__(
         self,
@@ -139,6 +147,9 @@ class Runtime:
         self._variants: dict[tuple[bool, str], _Variant] = {}
         self._elsewhere: list[torch.nn.Parameter] = []
         self.sharding = Sharding(self.comm)
+        self.accumulation = Accumulation(self.comm, self.parameters)
+        if optimizer is not None:
+            self.accumulation.watch(optimizer)
         self.deployed = False
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -161,7 +172,10 @@ class Runtime:
             self._denominators(variant, inputs, arrival),
             arrival.training,
         )
-        program = variant.program(arrival.rows, gather=self.gather, training=arrival.training)
+        reduce = not (arrival.delayed or self.accumulation.waits)
+        program = variant.program(
+            arrival.rows, gather=self.gather, training=arrival.training, reduce=reduce
+        )
         for value, tensor in zip(variant.graph.inputs, inputs, strict=True):
             step.slots[Slot.source(value)] = tensor.detach()
         if program.fused:
@@ -169,7 +183,7 @@ class Runtime:
         variant.executor.run(program.forward(self.comm.rank), step)
         outputs = self._outputs(variant, step)
         if arrival.training:
-            finish = _Finish(self, variant, program, step, arrival)
+            finish = _Finish(self, variant, program, step, arrival, reduced=reduce)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
 
@@ -183,16 +197,18 @@ class Runtime:
         except Exception as error:  # raised below, after the others know
             problem = error
         training = torch.is_grad_enabled()
+        delayed = training and self.accumulation.delays
+        gradients = int(training) + int(delayed)
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
         changed = self.sharding.changed
         flags = [int(changed), int(problem is not None)]
-        header = [digest, int(self.model.training), int(training), rows, *flags]
+        header = [digest, int(self.model.training), gradients, rows, *flags]
         with self.comm.guard("comparing the calls of all ranks"):
             headers = self.comm.all_gather_row(header)
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
-            self._explain_mismatch(signature, training=training)
+            self._explain_mismatch(signature, training=training, delayed=delayed)
         if any(other[4] for other in headers):
             with self.comm.guard("gathering sharded parameters"):
                 self.sharding.gather()
@@ -201,18 +217,20 @@ class Runtime:
             all_rows = [all_rows[0], *([0] * (self.comm.world_size - 1))]
         if sum(all_rows) == 0:
             raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
-        return signature, Arrival(tuple(all_rows), training)
+        return signature, Arrival(tuple(all_rows), training, delayed)
 
-    def _explain_mismatch(self, signature: str, *, training: bool) -> None:
+    def _explain_mismatch(self, signature: str, *, training: bool, delayed: bool) -> None:
         mode = "train" if self.model.training else "eval"
         grad = "with gradients" if training else "without gradients"
+        if delayed:
+            grad += ", their all-reduce delayed"
         told = self.comm.all_gather_objects(f"{signature} ({mode} mode, {grad})")
         lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
         raise MismatchError(
             "the ranks were called with different inputs; all must agree in everything but the "
             f"number of rows in the batch:{lines}",
             hint="pad or truncate so that every rank's tensors differ only in their first "
-            "dimension, and switch train()/eval() and no_grad() on all ranks together",
+            "dimension, and switch train()/eval(), no_grad() and no_sync() on all ranks together",
         )
 
     def _deploy(
@@ -329,7 +347,7 @@ class Runtime:
         }
         groups = placement.gradient_groups
         executor = Executor(self.comm, stages, graph.values, groups, self.sharding)
-        return _Variant(captured, graph, placement, executor)
+        return _Variant(captured, graph, placement, executor, Reduction.of(executor, placement))
 
     def _denominators(
         self, variant: _Variant, inputs: Sequence[torch.Tensor], arrival: Arrival
@@ -409,6 +427,7 @@ class _Finish:
     program: _core.Program
     step: Step
     arrival: Arrival
+    reduced: bool
     done: bool = False
 
     def attach(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -446,7 +465,12 @@ class _Finish:
             for value, seed in zip(values, seeds, strict=True):
                 self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
             self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
+        self.runtime.accumulation.prepare(
+            self.step.gradients, self.variant.reduction, reduced=self.reduced
+        )
         self.runtime.publish(self.step.gradients, scale)
+        if not self.arrival.delayed:
+            self.runtime.accumulation.reduce()
         return [self._input_gradient(value, scale) for value in self.variant.graph.inputs]
 
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:

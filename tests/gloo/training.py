@@ -86,7 +86,7 @@ class Record:
     fused: bool = False
 
 
-def _batch(chosen: Case, rows: int, step: int, setup: Setup) -> Any:
+def global_batch(chosen: Case, rows: int, step: int, setup: Setup) -> Any:
     arguments = chosen.make_batch(rows, seed=SEED + step)
     if setup.input_gradients:
         for tensor in pytree.tree_leaves(arguments):
@@ -109,11 +109,11 @@ def train_plainly(name: str, setup: Setup) -> Record:
     """On one process, with the global batch of each step."""
     chosen = case(name)
     model = chosen.make_model()
-    optimizer = _optimizer(chosen, model, setup)
+    optimizer = make_optimizer(chosen, model, setup)
     record = Record()
     for step, rows in enumerate(setup.rows):
         total = sum(rows) if setup.gather_inputs else rows[0]
-        args, kwargs = _batch(chosen, total, step, setup)
+        args, kwargs = global_batch(chosen, total, step, setup)
         outputs = model(*args, **kwargs)
         _finish_step(chosen, record, outputs, (args, kwargs), optimizer)
         record.gradients.append(
@@ -131,21 +131,12 @@ def train_plainly(name: str, setup: Setup) -> Record:
 def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
     """On this process, one of several, with its rows of each step."""
     chosen = case(name)
-    deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
-    model = chosen.make_model()
-    optimizer = _optimizer(chosen, model, setup)
-    wrapped = pyrannc.RaNNCModule(
-        model,
-        optimizer,
-        gather_inputs=setup.gather_inputs,
-        load_deployment=deployment,
-        config=setup.config(),
-    )
+    wrapped, optimizer = wrap(chosen, setup, folder)
     record = Record()
     if setup.seed is not None:
         torch.manual_seed(setup.seed)
     for step, rows in enumerate(setup.rows):
-        args, kwargs = _local_batch(chosen, setup, step, rows)
+        args, kwargs = local_batch(chosen, setup, step, rows)
         outputs = wrapped(*args, **kwargs)
         _finish_step(chosen, record, outputs, (args, kwargs), optimizer)
         names = [key for key, _ in wrapped.named_parameters(from_global=True)]
@@ -159,6 +150,23 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
         assert not record.state or torch.equal(full, record.state[key])
     wrapped.undeploy()
     return record
+
+
+def wrap(
+    chosen: Case, setup: Setup, folder: str
+) -> tuple[pyrannc.RaNNCModule, torch.optim.Optimizer | None]:
+    """The case's model, placed as the setup says, and its optimizer."""
+    deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
+    model = chosen.make_model()
+    optimizer = make_optimizer(chosen, model, setup)
+    wrapped = pyrannc.RaNNCModule(
+        model,
+        optimizer,
+        gather_inputs=setup.gather_inputs,
+        load_deployment=deployment,
+        config=setup.config(),
+    )
+    return wrapped, optimizer
 
 
 OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -181,7 +189,9 @@ OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Op
 }
 
 
-def _optimizer(chosen: Case, model: torch.nn.Module, setup: Setup) -> torch.optim.Optimizer | None:
+def make_optimizer(
+    chosen: Case, model: torch.nn.Module, setup: Setup
+) -> torch.optim.Optimizer | None:
     """In float32 with an epsilon far above the rounding of gradients that are zero in truth.
 
     That rounding is up to 1e-6 (before a normalisation, on some processors); a step carries it on as
@@ -192,12 +202,12 @@ def _optimizer(chosen: Case, model: torch.nn.Module, setup: Setup) -> torch.opti
     return OPTIMIZERS[setup.optimizer](parameters, eps) if parameters else None
 
 
-def _local_batch(chosen: Case, setup: Setup, step: int, rows: Sequence[int]) -> Any:
+def local_batch(chosen: Case, setup: Setup, step: int, rows: Sequence[int]) -> Any:
     rank = pyrannc.get_rank()
     if not setup.gather_inputs:
-        return _batch(chosen, rows[rank], step if rank == 0 else 100 + rank, setup)
+        return global_batch(chosen, rows[rank], step if rank == 0 else 100 + rank, setup)
     start = sum(rows[:rank])
-    local = slice_rows(_batch(chosen, sum(rows), step, setup), start, start + rows[rank])
+    local = slice_rows(global_batch(chosen, sum(rows), step, setup), start, start + rows[rank])
     if setup.input_gradients:
         for tensor in _tensors(local):
             if tensor.is_floating_point():
@@ -225,7 +235,7 @@ def _hand_written(chosen: Case, setup: Setup, folder: str) -> str:
     """The file of a deployment with the stages of a planned one and the replicas of `setup`."""
     path = Path(folder) / "deployment.json"
     planned = pyrannc.RaNNCModule(chosen.make_model(), config=setup.config(len(setup.stage_ranks)))
-    args, kwargs = _local_batch(chosen, setup, 0, setup.rows[0])
+    args, kwargs = local_batch(chosen, setup, 0, setup.rows[0])
     with torch.no_grad():
         planned(*args, **kwargs)
     planned.save_deployment(path)

@@ -337,9 +337,21 @@ impl Placement {
     pub fn program(&self, rows: Vec<u64>, gather: bool, mode: Mode) -> Result<Program, PlanError> {
         let batch = Batch { rows, gather, microbatches: self.microbatches };
         let schedule = match mode {
-            Mode::Inference => ScheduleKind::FillDrain,
-            Mode::Training => self.training_schedule(),
+            Mode::Training | Mode::Accumulation => self.training_schedule(),
+            Mode::Inference | Mode::Reduction => ScheduleKind::FillDrain,
         };
+        Ok(rannc_schedule::compile(&self.pipeline, &batch, schedule, mode)?)
+    }
+
+    /// Every rank's actions that add up the gradients which steps of [`Mode::Accumulation`] have left.
+    ///
+    /// # Errors
+    ///
+    /// As [`Placement::program`].
+    pub fn reduction(&self) -> Result<Program, PlanError> {
+        let rows = crate::even_rows(1, self.pipeline.world_size);
+        let batch = Batch { rows, gather: false, microbatches: 1 };
+        let (schedule, mode) = (ScheduleKind::FillDrain, Mode::Reduction);
         Ok(rannc_schedule::compile(&self.pipeline, &batch, schedule, mode)?)
     }
 }
@@ -523,6 +535,7 @@ fn pipeline_groups(graph: &Graph, stages: &[PlacedStage], groups: &[Group]) -> V
                 .iter()
                 .map(|&id| graph.value(id).bytes(0))
                 .fold(0, u64::saturating_add),
+            divided: group.sharding != Sharding::None,
         })
         .collect()
 }

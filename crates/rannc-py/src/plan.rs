@@ -270,12 +270,30 @@ impl Placement {
     }
 
     /// Every rank's actions for a batch with these rows per rank, checked.
-    #[pyo3(signature = (rows, *, gather, training))]
-    fn program(&self, rows: Vec<u64>, gather: bool, training: bool) -> PyResult<Program> {
-        let mode = if training { Mode::Training } else { Mode::Inference };
+    ///
+    /// In training, gradients are added up between ranks unless `reduce` is false.
+    #[pyo3(signature = (rows, *, gather, training, reduce = true))]
+    fn program(
+        &self,
+        rows: Vec<u64>,
+        gather: bool,
+        training: bool,
+        reduce: bool,
+    ) -> PyResult<Program> {
+        let mode = match (training, reduce) {
+            (false, _) => Mode::Inference,
+            (true, true) => Mode::Training,
+            (true, false) => Mode::Accumulation,
+        };
         let program = self.placed.program(rows, gather, mode).map_err(raise_plan)?;
         let fused = training && program.backward.iter().all(Vec::is_empty);
         let fused = fused && self.placed.training_schedule() == ScheduleKind::OneForwardOneBackward;
         Ok(Program { program, fused })
+    }
+
+    /// Every rank's actions that add up what programs without `reduce` have left, checked; all are in
+    /// the forward pass.
+    fn reduction(&self) -> PyResult<Program> {
+        Ok(Program { program: self.placed.reduction().map_err(raise_plan)?, fused: false })
     }
 }

@@ -64,6 +64,7 @@ fn chain(replicas: &[u32]) -> Pipeline {
             ranks: ranks.clone(),
             stages: vec![StageId::new(index)],
             bytes: 1000,
+            divided: false,
         });
         pipeline.stages.push(Stage { ranks, shares: Vec::new(), backward: true });
     }

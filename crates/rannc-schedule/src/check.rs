@@ -158,7 +158,7 @@ impl<'a> Checker<'a> {
                 self.worker(rank, stage, microbatch, rows, Pass::Forward)
             }
             Action::Backward { stage, microbatch, rows } => {
-                if self.mode == Mode::Inference || !self.pipeline.stages[stage.index()].backward {
+                if !self.mode.differentiates() || !self.pipeline.stages[stage.index()].backward {
                     return Err("there is nothing to differentiate".into());
                 }
                 self.worker(rank, stage, microbatch, rows, Pass::Backward)
@@ -184,6 +184,9 @@ impl<'a> Checker<'a> {
         pass: Pass,
     ) -> Result<(), String> {
         let needed = self.layout.stage_rows(stage, microbatch, rank);
+        if !self.mode.computes() {
+            return Err("there is nothing to compute".into());
+        }
         if rows != needed || rows == 0 {
             return Err(format!("the replica has {needed} rows of the microbatch"));
         }
@@ -213,8 +216,8 @@ impl<'a> Checker<'a> {
     fn work(&self) -> Result<(), String> {
         for (index, stage) in self.pipeline.stages.iter().enumerate() {
             let id = StageId::new(index);
-            let backward = stage.backward && self.mode == Mode::Training;
-            for microbatch in self.layout.filled() {
+            let backward = stage.backward && self.mode.differentiates();
+            for microbatch in self.layout.filled().filter(|_| self.mode.computes()) {
                 for holding in self.layout.holdings(crate::Place::Stage(id), microbatch) {
                     let activations = self.resources.activations(holding.rank, id, microbatch);
                     let activations = activations.expect("replicas with rows have activations");
@@ -235,14 +238,12 @@ impl<'a> Checker<'a> {
     /// Whether exactly the needed reductions are there.
     fn reductions(&mut self) -> Result<(), String> {
         let mut needed = Vec::new();
-        if self.mode == Mode::Training {
-            let groups = &self.pipeline.gradient_groups;
-            for group in groups.iter().filter(|group| self.pipeline.reduces(group, Beside::None)) {
-                let id = Reduction::Gradients(group.id);
-                needed.extend(group.ranks.iter().map(|&rank| (id, rank)));
-            }
+        let groups = self.pipeline.gradient_groups.iter();
+        for group in groups.filter(|group| self.pipeline.reduces(group, self.mode, Beside::None)) {
+            let id = Reduction::Gradients(group.id);
+            needed.extend(group.ranks.iter().map(|&rank| (id, rank)));
         }
-        for flow in self.pipeline.reduced_outputs(Beside::None) {
+        for flow in self.pipeline.reduced_outputs(self.mode, Beside::None) {
             let ranks = (0..self.pipeline.world_size).map(RankId);
             needed.extend(ranks.map(|rank| (Reduction::Output(flow.value), rank)));
         }

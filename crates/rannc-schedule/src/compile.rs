@@ -21,7 +21,7 @@ pub fn compile(
     let resources = Resources::new(pipeline, layout.microbatches())?;
     let transfers = transfers(pipeline, &layout, mode);
     let order = generate(schedule, pipeline, &layout, mode);
-    let script = lower(pipeline, &resources, &transfers, &order, Beside::None)?;
+    let script = lower(pipeline, &resources, &transfers, &order, (mode, Beside::None))?;
     let program = program(pipeline, &transfers, &script);
     check_valid(&program, pipeline, &layout, &resources, mode)?;
     Ok(program)
@@ -36,7 +36,7 @@ pub(crate) fn validate(
 ) -> Result<(), ScheduleError> {
     pipeline.validate()?;
     batch.validate(pipeline)?;
-    if mode == Mode::Training && schedule == ScheduleKind::OneForwardOneBackward {
+    if mode.differentiates() && schedule == ScheduleKind::OneForwardOneBackward {
         refuse_outside_gradients(pipeline, schedule)?;
     }
     Ok(())

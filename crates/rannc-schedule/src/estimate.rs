@@ -66,7 +66,7 @@ impl Step<'_> {
         let resources = Resources::new(pipeline, layout.microbatches())?;
         let transfers = transfers(pipeline, &layout, mode);
         let order = generate(schedule, pipeline, &layout, mode);
-        let script = lower(pipeline, &resources, &transfers, &order, beside)?;
+        let script = lower(pipeline, &resources, &transfers, &order, (mode, beside))?;
         let stage = Stage { pipeline, resources: &resources, timing, memory };
         let timeline = stage.play(&script, None).map_err(|(pass, at)| {
             let program = program(pipeline, &transfers, &script);

@@ -66,12 +66,13 @@ pub(crate) fn generate(
 ) -> Order {
     let microbatches: Vec<u32> = layout.filled().collect();
     let (forward, backward) = match (mode, kind) {
+        (Mode::Reduction, _) => (Vec::new(), Vec::new()),
         (Mode::Inference, _) => (fill_drain::forward(pipeline, &microbatches), Vec::new()),
-        (Mode::Training, ScheduleKind::FillDrain) => (
+        (Mode::Training | Mode::Accumulation, ScheduleKind::FillDrain) => (
             fill_drain::forward(pipeline, &microbatches),
             fill_drain::backward(pipeline, &microbatches),
         ),
-        (Mode::Training, ScheduleKind::OneForwardOneBackward) => {
+        (Mode::Training | Mode::Accumulation, ScheduleKind::OneForwardOneBackward) => {
             (one_f_one_b::steps(pipeline, &microbatches), Vec::new())
         }
     };

@@ -26,7 +26,7 @@ use crate::generate::{Order, Seeded};
 use crate::pipeline::Beside;
 use crate::route::{End, Transfer};
 use crate::script::{Move, Op, Script, Work, number};
-use crate::{Action, Pass, Pipeline, Place, Program, RankId, ScheduleError};
+use crate::{Action, Mode, Pass, Pipeline, Place, Program, RankId, ScheduleError};
 
 /// Writes the lists of all ranks; the moves of the script are the transfers.
 pub(crate) fn lower(
@@ -34,15 +34,15 @@ pub(crate) fn lower(
     resources: &Resources<'_>,
     transfers: &[Transfer],
     order: &Order,
-    beside: Beside,
+    (mode, beside): (Mode, Beside),
 ) -> Result<Script, ScheduleError> {
-    let mut lowering = Lowering::new(pipeline, resources, transfers, order, beside);
+    let mut lowering = Lowering::new(pipeline, resources, transfers, order, (mode, beside));
     let (first, second): (&[Pass], &[Pass]) = match order.seeded {
         Seeded::ByCaller => (&[Pass::Forward], &[Pass::Backward]),
         Seeded::AtOnce => (&[Pass::Forward, Pass::Backward], &[]),
     };
     lowering.pass(0, first)?;
-    for flow in pipeline.reduced_outputs(beside) {
+    for flow in pipeline.reduced_outputs(mode, beside) {
         let index = resources.flow(flow.value).expect("the resources are this pipeline's");
         for list in &mut lowering.script.passes[0] {
             list.push(Op::ReduceOutput(number(index)));
@@ -162,7 +162,7 @@ impl<'a> Lowering<'a> {
         resources: &'a Resources<'a>,
         transfers: &'a [Transfer],
         order: &Order,
-        beside: Beside,
+        kind: (Mode, Beside),
     ) -> Self {
         let mut ledger = Ledger::new(resources);
         let (mut pushed, mut pulled, mut direct, mut moves) = (vec![], vec![], vec![], vec![]);
@@ -206,7 +206,7 @@ impl<'a> Lowering<'a> {
             complete: Vec::new(),
         };
         lowering.expect_work(order);
-        lowering.expect_reductions(beside);
+        lowering.expect_reductions(kind);
         lowering
     }
 
@@ -227,17 +227,22 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    fn expect_reductions(&mut self, beside: Beside) {
+    fn expect_reductions(&mut self, (mode, beside): (Mode, Beside)) {
         let mut pairs = Vec::new();
         for (group, index) in self.pipeline.gradient_groups.iter().zip(0..) {
-            let ranks = group.ranks.iter().filter(|_| self.pipeline.reduces(group, beside));
-            for &rank in ranks {
+            if !self.pipeline.reduces(group, mode, beside) {
+                continue;
+            }
+            for &rank in &group.ranks {
                 self.resources.touch_gradients(rank, index as usize, |resource, _| {
                     if !self.ledger.complete(resource) {
                         pairs.push((resource, index));
                         self.incomplete[index as usize] += 1;
                     }
                 });
+            }
+            if self.incomplete[index as usize] == 0 {
+                self.complete.push(index); // what earlier steps have left
             }
         }
         self.groups = Index::new(self.resources.count(), &pairs);
@@ -258,6 +263,7 @@ impl<'a> Lowering<'a> {
                 self.direct.push(index);
             }
         }
+        self.reduce();
         for worker in &workers {
             self.fetch(worker.work.clone().next(), &mut woken);
         }

@@ -121,6 +121,10 @@ pub struct GradientGroup {
     pub stages: Vec<StageId>,
     /// Size of all its gradients.
     pub bytes: u64,
+    /// Whether each rank keeps but a part of the sums. Then they are added up in every step: no rank has
+    /// room for the summands of several.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub divided: bool,
 }
 
 /// A model cut into stages and placed on ranks.
@@ -159,14 +163,30 @@ pub struct Batch {
     pub microbatches: u64,
 }
 
-/// Whether gradients are wanted.
+/// What a program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// Forward only.
     Inference,
-    /// Forward and backward.
+    /// Forward and backward, and gradients are added up between ranks.
     Training,
+    /// Forward and backward; each rank keeps its own summands of the gradients that are not divided.
+    Accumulation,
+    /// Neither: only what steps of [`Mode::Accumulation`] have left is added up.
+    Reduction,
+}
+
+impl Mode {
+    /// Whether stages run.
+    pub const fn computes(self) -> bool {
+        !matches!(self, Self::Reduction)
+    }
+
+    /// Whether stages run backward.
+    pub const fn differentiates(self) -> bool {
+        matches!(self, Self::Training | Self::Accumulation)
+    }
 }
 
 /// More rows than this in a batch are surely a mistake.
@@ -275,15 +295,25 @@ impl Pipeline {
         flow.gradient && self.differentiates(to)
     }
 
-    /// Whether this group ever has gradients to add up between ranks.
-    pub(crate) fn reduces(&self, group: &GradientGroup, beside: Beside) -> bool {
-        (group.ranks.len() > 1 || beside == Beside::Others)
+    /// Whether this group has gradients to add up between ranks.
+    pub(crate) fn reduces(&self, group: &GradientGroup, mode: Mode, beside: Beside) -> bool {
+        let due = match mode {
+            Mode::Inference => false,
+            Mode::Training => true,
+            Mode::Accumulation => group.divided,
+            Mode::Reduction => !group.divided,
+        };
+        due && (group.ranks.len() > 1 || beside == Beside::Others)
             && group.stages.iter().any(|stage| self.stages[stage.index()].backward)
     }
 
     /// The sums among the outputs that ranks must add up between them.
-    pub(crate) fn reduced_outputs(&self, beside: Beside) -> impl Iterator<Item = &Flow> {
-        let several = self.world_size > 1 || beside == Beside::Others;
+    pub(crate) fn reduced_outputs(
+        &self,
+        mode: Mode,
+        beside: Beside,
+    ) -> impl Iterator<Item = &Flow> {
+        let several = mode.computes() && (self.world_size > 1 || beside == Beside::Others);
         self.flows.iter().filter(move |flow| {
             several && flow.transport == Transport::Sum && flow.to.contains(&Place::Sink)
         })
@@ -399,6 +429,7 @@ mod tests {
             ranks: vec![RankId(0), RankId(1)],
             stages: vec![StageId(0), StageId(1)],
             bytes: 4,
+            divided: false,
         };
         Pipeline {
             world_size: 2,

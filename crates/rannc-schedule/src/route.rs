@@ -33,9 +33,9 @@ pub(crate) struct Transfer {
 /// All transfers of one step; those that leave one slot are in the order in which they should go.
 pub(crate) fn transfers(pipeline: &Pipeline, layout: &Layout, mode: Mode) -> Vec<Transfer> {
     let mut transfers = Vec::new();
-    for flow in &pipeline.flows {
+    for flow in pipeline.flows.iter().filter(|_| mode.computes()) {
         for &to in &flow.to {
-            let gradient = mode == Mode::Training && pipeline.returns_gradient(flow, to);
+            let gradient = mode.differentiates() && pipeline.returns_gradient(flow, to);
             let mut router = Router { flow, to, layout, gradient, transfers: &mut transfers };
             router.route();
         }

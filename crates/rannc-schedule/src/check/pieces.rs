@@ -147,7 +147,7 @@ impl<'a> Pieces<'a> {
             return if late { Err("the caller has the outputs already".into()) } else { Ok(()) };
         }
         let place = from.slot.place;
-        if self.mode == Mode::Inference || !self.pipeline.returns_gradient(flow, place) {
+        if !self.mode.differentiates() || !self.pipeline.returns_gradient(flow, place) {
             return Err(format!("no gradient of value {} comes from `{place}`", flow.value));
         }
         if place == Place::Sink && pass == 0 && flow.transport != Transport::Sum {
@@ -271,7 +271,8 @@ impl<'a> Pieces<'a> {
     pub(super) fn complete(&mut self, program: &Program) -> Result<(), ScheduleError> {
         let mut needed = Vec::new();
         let mut uses = Vec::new();
-        for (index, flow) in self.pipeline.flows.iter().enumerate() {
+        let flows = self.pipeline.flows.iter().filter(|_| self.mode.computes());
+        for (index, flow) in flows.enumerate() {
             for &to in &flow.to {
                 if flow.transport == Transport::Split {
                     self.needed_rows(flow, to, &mut needed);
@@ -289,7 +290,7 @@ impl<'a> Pieces<'a> {
 
     /// The rows that each consumer needs of a flow, and those whose gradient its producer needs.
     fn needed_rows(&self, flow: &Flow, to: Place, needed: &mut Vec<Arrival>) {
-        let gradient = self.mode == Mode::Training && self.pipeline.returns_gradient(flow, to);
+        let gradient = self.mode.differentiates() && self.pipeline.returns_gradient(flow, to);
         let mut need = |rank, place, microbatch, pass, from, rows: RowRange| {
             let slot = Slot::new(place, microbatch, flow.value, pass);
             let end = End { rank, slot, rows: None };
@@ -396,7 +397,7 @@ impl<'a> Pieces<'a> {
         values.retain(|link| {
             let flow = &flows[link.flow];
             let one_counts = link.consumer_place == Place::Sink;
-            self.mode == Mode::Training
+            self.mode.differentiates()
                 && self.pipeline.returns_gradient(flow, link.consumer_place)
                 && (!one_counts || link.same_rank)
         });

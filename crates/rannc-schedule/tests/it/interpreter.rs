@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use rannc_schedule::{
-    Action, Flow, Mode, Pass, Place, Program, RankId, RowRange, Slot, Stage, StageId, Transport,
+    Action, Flow, Pass, Place, Program, RankId, RowRange, Slot, Stage, StageId, Transport,
 };
 
 use crate::pipelines::Case;
@@ -80,7 +80,7 @@ impl<'a> Interpreter<'a> {
 
     pub(crate) fn run(mut self) {
         self.fill_inputs();
-        let training = self.case.mode == Mode::Training;
+        let training = self.case.mode.differentiates();
         let at_once = self.program.backward.iter().all(Vec::is_empty);
         if training && at_once {
             self.seed();
@@ -495,7 +495,7 @@ impl<'a> Interpreter<'a> {
                 }
             }
         }
-        let training = self.case.mode == Mode::Training;
+        let training = self.case.mode.differentiates();
         needed.extend(gradients.into_iter().filter(|_| training));
         needed.sort_unstable();
         let sums: Vec<u32> = needed.iter().map(|&(symbol, _)| value_of(symbol)).collect();

@@ -40,6 +40,7 @@ pub(crate) fn chain(world_size: u32, replicas: &[&[u32]]) -> Pipeline {
         ranks: ranks(list),
         stages: vec![StageId(id)],
         bytes: 100,
+        divided: false,
     });
     Pipeline { world_size, stages: stages.collect(), flows, gradient_groups: groups.collect() }
 }
@@ -70,17 +71,21 @@ pub(crate) fn cases() -> impl Strategy<Value = Case> {
             prop::collection::vec(stage, num_stages),
             prop::collection::vec(flow, 0..6),
             prop::collection::vec(prop_oneof![Just(0), 0..8u64], world_size as usize),
-            (any::<bool>(), 1..=5u64, any::<bool>(), prop::bool::weighted(0.8)),
+            (any::<bool>(), 1..=5u64, any::<bool>(), modes()),
         )
             .prop_map(|(stages, extra, rows, options)| case(&stages, &extra, rows, options))
     })
+}
+
+fn modes() -> impl Strategy<Value = Mode> {
+    prop_oneof![3 => Just(Mode::Training), 1 => Just(Mode::Accumulation), 1 => Just(Mode::Inference)]
 }
 
 fn case(
     stages: &[(Vec<u32>, Vec<u64>, bool)],
     extra: &[(u8, usize, u32, bool)],
     mut rows: Vec<u64>,
-    (gather, microbatches, interleaved, training): (bool, u64, bool, bool),
+    (gather, microbatches, interleaved, mode): (bool, u64, bool, Mode),
 ) -> Case {
     let lists: Vec<&[u32]> = stages.iter().map(|(ranks, ..)| ranks.as_slice()).collect();
     let mut pipeline = chain(u32::try_from(rows.len()).unwrap(), &lists);
@@ -108,7 +113,6 @@ fn case(
     if rows.iter().sum::<u64>() == 0 {
         rows[0] = 3;
     }
-    let mode = if training { Mode::Training } else { Mode::Inference };
     Case { pipeline, batch: Batch { rows, gather, microbatches }, schedule, mode }
 }
 
@@ -148,5 +152,11 @@ fn tie(pipeline: &mut Pipeline) {
     shared.sort_unstable();
     shared.dedup();
     let stages = vec![StageId(0), StageId::new(last)];
-    pipeline.gradient_groups.push(GradientGroup { id: 9, ranks: shared, stages, bytes: 8 });
+    pipeline.gradient_groups.push(GradientGroup {
+        id: 9,
+        ranks: shared,
+        stages,
+        bytes: 8,
+        divided: false,
+    });
 }

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._devices import move_operators
 from ._export import Program, export
-from ._flat import Flattener, is_value, operator_of
+from ._flat import Flattener, is_value, operator_of, outputs_of
 from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
 from ._lazy import compiled_when_called
 from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure
 from ._opaque import Opaque
-from ._rows import RowAnalysis, analyse, getattr_path
+from ._rows import RowAnalysis, analyse, getattr_path, is_random
 from ._sizes import ROWS
 from ._structure import Structure, flatten
 from .errors import CaptureError
+from .streams import draws, share
 
 if TYPE_CHECKING:
     from torch import fx
@@ -99,6 +101,11 @@ class Captured:
         """Whether parts could not be captured and are called as they are; capture runs those."""
         found = (operator_of(node) for node in self.node_by_key.values())
         return any(isinstance(one.target, Opaque) for one in found if one is not None)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return draws(self.node_by_key.values())
 
     def num_rows(self, tensors: list[torch.Tensor]) -> int:
         """How many rows the tensors of a call hold."""
@@ -175,6 +182,8 @@ def _captured(
         reason = analysis.reason or str(failure)
         return _captured(call, reason)
     file = GraphFile(model, module, flat.inputs, call.names, analysis, facts, program)
+    with compiled_when_called():
+        share(module, _drawn_for_all_rows(file.node_by_key, analysis))
     captured = Captured(
         graph_json=file.json(rows),
         module=module,
@@ -191,6 +200,18 @@ def _captured(
         _constants=frozenset(v["name"] for v in file.values if v["kind"] == "constant"),
     )
     return captured, tuple(sorted(analysis.mixing)) if program.dynamic else ()
+
+
+def _drawn_for_all_rows(
+    node_by_key: dict[str, fx.Node], analysis: RowAnalysis
+) -> dict[str, fx.Node]:
+    """Operators, by key, that draw what no rows depend on."""
+    return {
+        key: node
+        for key, node in node_by_key.items()
+        if is_random(node)
+        and all(analysis.layouts.get(output) is NONE for output in outputs_of(node))
+    }
 
 
 def _analysis(

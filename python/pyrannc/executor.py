@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .comm import Communicator, Received
     from .sharding import Sharding
     from .stage import StageModule
+    from .streams import Streams
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class Step:
         total_rows: rows of the global batch.
         denominators: what the rewritten mean losses divide by, summed over all ranks.
         training: whether a backward may follow.
+        seed: what its random numbers come from.
         slots: tensors in assembly.
         gradients: this step's gradients of the local parameters, by name.
     """
@@ -61,6 +63,7 @@ class Step:
     total_rows: int
     denominators: Sequence[torch.Tensor]
     training: bool
+    seed: int
     slots: dict[Slot, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     _owned: set[Slot] = field(default_factory=set)
@@ -78,6 +81,7 @@ class Executor:
         values: what is known of each tensor of the graph, by id.
         groups: for each gradient group its ranks and the names of its parameters.
         sharding: which parameters are divided between ranks.
+        streams: the random numbers of the stages.
     """
 
     comm: Communicator
@@ -85,6 +89,7 @@ class Executor:
     values: Sequence[ValueInfo]
     groups: Sequence[tuple[list[int], list[str]]]
     sharding: Sharding
+    streams: Streams
 
     def run(self, actions: Sequence[Action], step: Step) -> None:
         """Runs ``actions`` in order.
@@ -138,7 +143,8 @@ class Executor:
                 leaves[value] = tensor
             inputs[value] = tensor
         row_share = action.rows / max(step.total_rows, 1)
-        with torch.set_grad_enabled(step.training):
+        drawn = self.streams.of(step.seed, action.stage, action.microbatch)
+        with torch.set_grad_enabled(step.training), drawn:
             outputs = stage(inputs, action.rows, row_share, step.denominators)
         if step.training:
             roots = {
@@ -161,7 +167,8 @@ class Executor:
                 seeds.append(seed)
         state.roots.clear()
         parameters = {name: p for name, p in stage.parameters.items() if p.requires_grad}
-        with _collecting(parameters, step.gradients, seeds, [*state.leaves.values()]):
+        drawn = self.streams.of(step.seed, action.stage, action.microbatch)  # what is recomputed
+        with _collecting(parameters, step.gradients, seeds, [*state.leaves.values()]), drawn:
             targets = [*state.leaves.values(), *parameters.values()]
             if roots and targets:
                 torch.autograd.backward(roots, seeds, inputs=targets)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _core, _slices, planning, state
+from . import _core, _slices, planning, state, streams
 from ._core import Slot
 from ._structure import flatten
 from .accumulation import Accumulation, Reduction
@@ -92,11 +92,13 @@ class Arrival:
         rows: rows of each rank's local batch that count.
         training: whether gradients are wanted.
         delayed: whether they are to stay as each rank has them.
+        seed: what the step's random numbers come from.
     """
 
     rows: tuple[int, ...]
     training: bool
     delayed: bool
+    seed: int
 
     @property
     def total(self) -> int:
@@ -171,7 +173,10 @@ class Runtime:
             arrival.total,
             self._denominators(variant, inputs, arrival),
             arrival.training,
+            arrival.seed,
         )
+        if variant.executor.streams.needed:
+            streams.advance()
         reduce = not (arrival.delayed or self.accumulation.waits)
         program = variant.program(
             arrival.rows, gather=self.gather, training=arrival.training, reduce=reduce
@@ -202,14 +207,14 @@ class Runtime:
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
         changed = self.sharding.changed
         flags = [int(changed), int(problem is not None)]
-        header = [digest, int(self.model.training), gradients, rows, *flags]
+        header = [digest, int(self.model.training), gradients, rows, streams.seed_now(), *flags]
         with self.comm.guard("comparing the calls of all ranks"):
             headers = self.comm.all_gather_row(header)
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
             self._explain_mismatch(signature, training=training, delayed=delayed)
-        if any(other[4] for other in headers):
+        if any(other[5] for other in headers):
             with self.comm.guard("gathering sharded parameters"):
                 self.sharding.gather()
         all_rows = [other[3] for other in headers]
@@ -217,7 +222,7 @@ class Runtime:
             all_rows = [all_rows[0], *([0] * (self.comm.world_size - 1))]
         if sum(all_rows) == 0:
             raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
-        return signature, Arrival(tuple(all_rows), training, delayed)
+        return signature, Arrival(tuple(all_rows), training, delayed, seed=headers[0][4])
 
     def _explain_mismatch(self, signature: str, *, training: bool, delayed: bool) -> None:
         mode = "train" if self.model.training else "eval"
@@ -239,16 +244,17 @@ class Runtime:
         """Plans on rank 0 and takes this rank's part; see the package's architecture page."""
         with _mode(self.model, training=True):
             captured, graph = self._capture(args, kwargs, arrival)
-        self.plan = planning.make_plan(
-            self.comm,
-            captured,
-            graph,
-            self.optimizer,
-            batch_rows=arrival.total,
-            config=self.config,
-            least_sharding=self.least_sharding,
-            load_deployment=self.load_deployment,
-        )
+        with streams.undisturbed(self.comm.device):
+            self.plan = planning.make_plan(
+                self.comm,
+                captured,
+                graph,
+                self.optimizer,
+                batch_rows=arrival.total,
+                config=self.config,
+                least_sharding=self.least_sharding,
+                load_deployment=self.load_deployment,
+            )
         if self.comm.rank == 0:
             logger.info("%s", self.plan.report())
         placement = self.plan.place(graph)
@@ -312,7 +318,7 @@ class Runtime:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrival: Arrival
     ) -> tuple[Captured, _core.Graph]:
         def work() -> tuple[Captured, _core.Graph]:
-            with torch.random.fork_rng():
+            with streams.undisturbed(self.comm.device):
                 captured = capture(self.model, args, kwargs)
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
@@ -346,7 +352,9 @@ class Runtime:
             if self.comm.rank in stage.ranks
         }
         groups = placement.gradient_groups
-        executor = Executor(self.comm, stages, graph.values, groups, self.sharding)
+        replicas = {i: placement.stages[i].ranks.index(self.comm.rank) for i in stages}
+        own = streams.Streams(self.comm.device, replicas, captured.draws)
+        executor = Executor(self.comm, stages, graph.values, groups, self.sharding, own)
         return _Variant(captured, graph, placement, executor, Reduction.of(executor, placement))
 
     def _denominators(

@@ -284,6 +284,20 @@ class RaNNCModule(torch.nn.Module):
         if problem is not None:
             raise problem
 
+    def enable_dropout(self, enabled: bool = True) -> None:  # noqa: FBT001 - the original's
+        """Switches dropout on or off from the next call on, whatever mode the modules are in.
+
+        All processes must do so alike. The next `train()` or `eval()` gives it back to the modules.
+        See `pyrannc.dropout` for what counts as dropout.
+        """
+        self._runtime.dropout = bool(enabled)
+
+    def train(self, mode: bool = True) -> RaNNCModule:  # noqa: FBT001 - torch's signature
+        """As in ``nn.Module``; undoes :meth:`enable_dropout`."""
+        self._runtime.dropout = None
+        super().train(mode)
+        return self
+
     def undeploy(self) -> None:
         """Leaves the other processes and frees what was built for training together."""
         self._runtime.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,11 +21,13 @@ from ._structure import flatten
 from .accumulation import Accumulation, Reduction
 from .capture import Captured, batch_size, capture, input_signature
 from .comm import Communicator
-from .errors import ExecutionError, MismatchError, RaNNCError
+from .dropout import set_dropout
+from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
 from .optimizer import check_element_wise, keep_local, keep_part
 from .sharding import Sharding
 from .stage import build_stage
+from .variants import Kind, Mode, Variant, Variants, holders_beyond
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,28 +62,6 @@ def agree(comm: Communicator, task: str, action: Callable[[], T]) -> T:
             f"could not {task} on {len(failed)} of {comm.world_size} ranks: " + "; ".join(failed)
         )
     return result  # type: ignore[return-value]
-
-
-@dataclass(slots=True)
-class _Variant:
-    """The model as captured for one mode and one kind of input, laid out by the plan."""
-
-    captured: Captured
-    graph: _core.Graph
-    placement: _core.Placement
-    executor: Executor
-    reduction: Reduction
-    programs: dict[tuple[Any, ...], _core.Program] = field(default_factory=dict)
-
-    def program(
-        self, rows: tuple[int, ...], *, gather: bool, training: bool, reduce: bool
-    ) -> _core.Program:
-        key = (rows, gather, training, reduce)
-        if key not in self.programs:
-            self.programs[key] = self.placement.program(
-                list(rows), gather=gather, training=training, reduce=reduce
-            )
-        return self.programs[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +126,8 @@ class Runtime:
             print(config.report())
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
-        self._variants: dict[tuple[bool, str], _Variant] = {}
+        self._variants = Variants()
+        self.dropout: bool | None = None
         self._elsewhere: list[torch.nn.Parameter] = []
         self.sharding = Sharding(self.comm)
         self.accumulation = Accumulation(self.comm, self.parameters)
@@ -201,19 +182,19 @@ class Runtime:
             rows = batch_size(flatten((args, kwargs))[0])
         except Exception as error:  # raised below, after the others know
             problem = error
-        training = torch.is_grad_enabled()
+        training, mode = torch.is_grad_enabled(), Mode.of(self.model, self.dropout)
         delayed = training and self.accumulation.delays
         gradients = int(training) + int(delayed)
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
         changed = self.sharding.changed
         flags = [int(changed), int(problem is not None)]
-        header = [digest, int(self.model.training), gradients, rows, streams.seed_now(), *flags]
+        header = [digest, mode.digest, gradients, rows, streams.seed_now(), *flags]
         with self.comm.guard("comparing the calls of all ranks"):
             headers = self.comm.all_gather_row(header)
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
-            self._explain_mismatch(signature, training=training, delayed=delayed)
+            self._explain_mismatch(signature, mode, training=training, delayed=delayed)
         if any(other[5] for other in headers):
             with self.comm.guard("gathering sharded parameters"):
                 self.sharding.gather()
@@ -224,26 +205,27 @@ class Runtime:
             raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
         return signature, Arrival(tuple(all_rows), training, delayed, seed=headers[0][4])
 
-    def _explain_mismatch(self, signature: str, *, training: bool, delayed: bool) -> None:
-        mode = "train" if self.model.training else "eval"
+    def _explain_mismatch(
+        self, signature: str, mode: Mode, *, training: bool, delayed: bool
+    ) -> None:
         grad = "with gradients" if training else "without gradients"
         if delayed:
             grad += ", their all-reduce delayed"
-        told = self.comm.all_gather_objects(f"{signature} ({mode} mode, {grad})")
+        told = self.comm.all_gather_objects(f"{signature} ({mode.describe(self.model)}, {grad})")
         lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
         raise MismatchError(
             "the ranks were called with different inputs; all must agree in everything but the "
             f"number of rows in the batch:{lines}",
             hint="pad or truncate so that every rank's tensors differ only in their first "
-            "dimension, and switch train()/eval(), no_grad() and no_sync() on all ranks together",
+            "dimension, and switch train()/eval(), requires_grad, no_grad() and no_sync() on all "
+            "ranks together",
         )
 
     def _deploy(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
     ) -> None:
         """Plans on rank 0 and takes this rank's part; see the package's architecture page."""
-        with _mode(self.model, training=True):
-            captured, graph = self._capture(args, kwargs, arrival)
+        captured, graph, kind = self._capture_to_plan(args, kwargs, signature, arrival)
         with streams.undisturbed(self.comm.device):
             self.plan = planning.make_plan(
                 self.comm,
@@ -262,8 +244,25 @@ class Runtime:
         self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
         self._take_part()
         self._divide(placement)
-        self._variants[True, signature] = self._build(captured, graph, placement)
+        self._variants.add(kind, self._build(captured, graph, placement))
         self.deployed = True
+
+    def _capture_to_plan(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
+    ) -> tuple[Captured, _core.Graph, Kind]:
+        """The model as it trains; as it is now if it cannot be called so when it trains."""
+        try:
+            with _mode(self.model, training=True):
+                kind = Kind(signature, Mode.of(self.model, self.dropout))
+                return *self._capture(args, kwargs, arrival), kind
+        except MismatchError:
+            raise
+        except Exception as failure:  # whatever the user's forward raises
+            if self.model.training:
+                raise
+            logger.info("planned as the model evaluates, as it does not train so: %s", failure)
+        kind = Kind(signature, Mode.of(self.model, self.dropout))
+        return *self._capture(args, kwargs, arrival), kind
 
     def _take_part(self) -> None:
         """Takes rank 0's values of what this rank holds, and frees the rest."""
@@ -299,20 +298,31 @@ class Runtime:
 
     def _variant(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
-    ) -> _Variant:
-        key = (self.model.training, signature)
-        if key not in self._variants or not self._covers(self._variants[key], arrival):
+    ) -> Variant:
+        kind = Kind(signature, Mode.of(self.model, self.dropout))
+        variant = self._variants.find(kind, arrival.total, with_gradients=arrival.training)
+        if variant is None:
             with self._materialized():
                 captured, graph = self._capture(args, kwargs, arrival)
             placement = self.plan.place(graph)
+            self._check_holders(placement)
             self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
-            self._variants[key] = self._build(captured, graph, placement)
-        return self._variants[key]
+            variant = self._build(captured, graph, placement)
+            self._variants.add(kind, variant)
+        return variant
 
-    @staticmethod
-    def _covers(variant: _Variant, arrival: Arrival) -> bool:
-        static_rows = variant.captured.static_rows
-        return static_rows is None or static_rows == arrival.total
+    def _check_holders(self, placement: _core.Placement) -> None:
+        """Refuses a variant in which a rank would need parameters that are elsewhere."""
+        trained = {n: r for n, r in placement.holders.items() if n in self.parameters}
+        beyond = holders_beyond(trained, self.holders.ranks)
+        if beyond:
+            name, ranks = next(iter(beyond.items()))
+            raise PlanError(
+                f"called so, the model needs `{name}` on rank {ranks[0]}, but by the plan only "
+                f"ranks {self.holders.ranks[name]} hold it",
+                hint="wrap the model anew and make its first call in this form, or set "
+                "`partition_num=1`",
+            )
 
     def _capture(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrival: Arrival
@@ -323,6 +333,8 @@ class Runtime:
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
                     captured = capture(self.model, *whole)
+            if self.dropout is not None:
+                set_dropout(captured.module, enabled=self.dropout)
             captured.move_to(self.comm.device)
             return captured, _core.Graph.from_json(captured.graph_json)
 
@@ -343,9 +355,7 @@ class Runtime:
             )
         return captured, graph
 
-    def _build(
-        self, captured: Captured, graph: _core.Graph, placement: _core.Placement
-    ) -> _Variant:
+    def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
         stages = {
             index: build_stage(captured, stage.nodes, stage.inputs, stage.outputs, stage.recompute)
             for index, stage in enumerate(placement.stages)
@@ -355,10 +365,10 @@ class Runtime:
         replicas = {i: placement.stages[i].ranks.index(self.comm.rank) for i in stages}
         own = streams.Streams(self.comm.device, replicas, captured.draws)
         executor = Executor(self.comm, stages, graph.values, groups, self.sharding, own)
-        return _Variant(captured, graph, placement, executor, Reduction.of(executor, placement))
+        return Variant(captured, graph, placement, executor, Reduction.of(executor, placement))
 
     def _denominators(
-        self, variant: _Variant, inputs: Sequence[torch.Tensor], arrival: Arrival
+        self, variant: Variant, inputs: Sequence[torch.Tensor], arrival: Arrival
     ) -> list[torch.Tensor]:
         counts = variant.captured.denominators
         if not counts:
@@ -370,14 +380,14 @@ class Runtime:
         with self.comm.guard("adding up the denominators of the loss"):
             return list(self.comm.all_reduce(local).unbind())
 
-    def _seed_with_ones(self, variant: _Variant, step: Step) -> None:
+    def _seed_with_ones(self, variant: Variant, step: Step) -> None:
         for value in set(variant.graph.outputs):
             info = variant.executor.values[value]
             if info.requires_grad:
                 one = torch.ones(info.shape(0), dtype=getattr(torch, info.dtype))
                 step.slots[Slot.sink(value, gradient=True)] = one.to(self.comm.device)
 
-    def _outputs(self, variant: _Variant, step: Step) -> list[torch.Tensor]:
+    def _outputs(self, variant: Variant, step: Step) -> list[torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
         inputs = set(variant.graph.inputs)
         for value in set(variant.graph.outputs):
@@ -393,7 +403,7 @@ class Runtime:
 
         Capture runs the submodules that it cannot look into; for those it gets the values too.
         """
-        needs_values = any(variant.captured.runs_submodules for variant in self._variants.values())
+        needs_values = self._variants.runs_submodules()
         for name, parameter in self.parameters.items():
             if name not in self.holders.ranks:
                 continue
@@ -431,7 +441,7 @@ class _Finish:
     """The backward half of one step, run when autograd reaches it."""
 
     runtime: Runtime
-    variant: _Variant
+    variant: Variant
     program: _core.Program
     step: Step
     arrival: Arrival

@@ -1,0 +1,224 @@
+"""The forms in which a deployed model was captured: one for each mode and kind of input.
+
+What a model runs depends on the mode of each of its modules, on which parameters are trained, and
+on the form of its arguments. Each combination is captured when it first occurs and kept; the plan
+is the same for all of them. So `train()`, `eval()` and other sequence lengths cost a capture the
+first time and nothing afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from . import _core
+    from .accumulation import Reduction
+    from .capture import Captured
+    from .executor import Executor
+
+logger = logging.getLogger(__name__)
+
+MOST_VARIANTS = 64
+"""How many are kept: the ones used last."""
+_MOST_PROGRAMS = 64
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+class Recent(Generic[Key, Item]):
+    """A dictionary of the items used last.
+
+    Attributes:
+        most: how many it keeps.
+        forgotten: how many it did not.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Starts empty."""
+        self.most = most
+        self.forgotten = 0
+        self._items: OrderedDict[Key, Item] = OrderedDict()
+
+    def get(self, key: Key) -> Item | None:
+        """The item, which is now the one used last."""
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
+
+    def put(self, key: Key, item: Item) -> None:
+        """Adds an item, and forgets the one that was not used for longest if there are too many."""
+        self._items[key] = item
+        self._items.move_to_end(key)
+        if len(self._items) > self.most:
+            self._items.popitem(last=False)
+            self.forgotten += 1
+
+    def items(self) -> list[tuple[Key, Item]]:
+        """All items, the one used last at the end."""
+        return list(self._items.items())
+
+    def clear(self) -> None:
+        """Forgets all items."""
+        self._items.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What of a model, apart from its arguments, decides which operators it runs.
+
+    Attributes:
+        training: for each module whether it is in training mode, in the order of `modules()`.
+        trained: for each parameter whether it requires gradients, in the order of `parameters()`.
+        dropout: whether dropout is on; `None` as the modules say.
+    """
+
+    training: bytes
+    trained: bytes
+    dropout: bool | None = None
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, dropout: bool | None = None) -> Mode:  # noqa: FBT001
+        """The mode that `model` is in."""
+        return cls(
+            bytes(module.training for module in model.modules()),
+            bytes(parameter.requires_grad for parameter in model.parameters()),
+            dropout,
+        )
+
+    @property
+    def digest(self) -> int:
+        """A number that is equal on two processes where the modes are."""
+        text = repr((self.training, self.trained, self.dropout)).encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+    def describe(self, model: torch.nn.Module) -> str:
+        """In words, for a message."""
+        main = bool(self.training[0])
+        named = [name for name, _ in model.named_modules()]
+        others = [name for name, mode in zip(named, self.training, strict=True) if mode != main]
+        frozen = [
+            name
+            for (name, _), trained in zip(model.named_parameters(), self.trained, strict=True)
+            if not trained
+        ]
+        words = ["train mode" if main else "eval mode"]
+        if others:
+            words.append(f"{'eval' if main else 'train'} mode for {_some(others)}")
+        if frozen:
+            words.append(f"{_some(frozen)} frozen")
+        if self.dropout is not None:
+            words.append(f"dropout {'on' if self.dropout else 'off'}")
+        return ", ".join(words)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@dataclass(slots=True)
+class Variant:
+    """The model as captured for one mode and one kind of input, laid out by the plan."""
+
+    captured: Captured
+    graph: _core.Graph
+    placement: _core.Placement
+    executor: Executor
+    reduction: Reduction
+    _programs: Recent[tuple[tuple[int, ...], bool, bool, bool], _core.Program] = field(
+        default_factory=lambda: Recent(_MOST_PROGRAMS)
+    )
+
+    def program(
+        self, rows: tuple[int, ...], *, gather: bool, training: bool, reduce: bool
+    ) -> _core.Program:
+        """What each rank does with so many rows of each rank."""
+        key = (rows, gather, training, reduce)
+        program = self._programs.get(key)
+        if program is None:
+            program = self.placement.program(
+                list(rows), gather=gather, training=training, reduce=reduce
+            )
+            self._programs.put(key, program)
+        return program
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a variant serves.
+
+    Attributes:
+        signature: of the arguments.
+        mode: of the model.
+        rows: of the global batch, for a variant that serves only this number of them.
+    """
+
+    signature: str
+    mode: Mode
+    rows: int | None = None
+
+
+class Variants:
+    """The variants used last. All ranks ask for the same ones, so all forget the same ones."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._recent: Recent[Kind, Variant] = Recent(MOST_VARIANTS)
+
+    def find(self, kind: Kind, rows: int, *, with_gradients: bool) -> Variant | None:
+        """The variant for such a call with so many rows.
+
+        Without gradients it does not matter which parameters are trained.
+        """
+        for wanted in (kind, replace(kind, rows=rows)):
+            found = self._recent.get(wanted)
+            if found is None and not with_gradients:
+                alike = [k for k, _ in self._recent.items() if _forward_alike(k, wanted)]
+                found = self._recent.get(alike[-1]) if alike else None
+            if found is not None:
+                return found
+        return None
+
+    def add(self, kind: Kind, variant: Variant) -> None:
+        """Keeps a variant."""
+        self._recent.put(replace(kind, rows=variant.captured.static_rows), variant)
+        if self._recent.forgotten == 1:
+            logger.warning(
+                "the model was called in more than %d different ways (lengths, types, modes); each "
+                "is captured when it comes up and the one used longest ago is forgotten: pad "
+                "sequences to a few lengths to save the time of capturing",
+                self._recent.most,
+            )
+
+    def runs_submodules(self) -> bool:
+        """Whether one has parts that could not be captured."""
+        return any(variant.captured.runs_submodules for _, variant in self._recent.items())
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._recent.clear()
+
+
+def _forward_alike(first: Kind, second: Kind) -> bool:
+    return replace(first.mode, trained=b"") == replace(second.mode, trained=b"") and (
+        first.signature == second.signature and first.rows == second.rows
+    )
+
+
+def holders_beyond(
+    needed: Mapping[str, list[int]], held: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """By name, the ranks that need a tensor which they do not hold."""
+    beyond = {
+        name: sorted(set(ranks) - set(held[name])) for name, ranks in needed.items() if name in held
+    }
+    return {name: ranks for name, ranks in beyond.items() if ranks}

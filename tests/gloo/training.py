@@ -194,8 +194,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer | None:
     """In float32 with an epsilon far above the rounding of gradients that are zero in truth.
 
-    That rounding is up to 1e-6 (before a normalisation, on some processors); a step carries it on as
-    0.01 * 1e-6 / epsilon.
+    That rounding is up to 1e-6 (before a normalisation, on some processors); a step carries it on
+    as 0.01 * 1e-6 / epsilon.
     """
     parameters = list(model.parameters())
     eps = 1e-8 if chosen.float64_ok else 1e-2

@@ -63,7 +63,7 @@ class Step:
     total_rows: int
     denominators: Sequence[torch.Tensor]
     training: bool
-    seed: int
+    seed: int = 0
     slots: dict[Slot, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     _owned: set[Slot] = field(default_factory=set)

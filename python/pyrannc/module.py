@@ -17,7 +17,7 @@ from .errors import DeploymentError, RaNNCError
 from .runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from os import PathLike
 
 _LOSS_REDUCTIONS = ("mean", "sum")
@@ -205,6 +205,59 @@ class RaNNCModule(torch.nn.Module):
         """
         self._runtime.accumulation.reduce_now()
 
+    def calc_grad_norm(
+        self, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """The norm of all gradients as one vector, the same on every process; collective.
+
+        Args:
+            norm_type: the order of the norm, positive or infinite.
+            error_if_nonfinite: whether a norm that is no finite number is an error.
+
+        Raises:
+            RaNNCError: for another order, or while gradients wait to be added up, see
+                :meth:`no_sync`.
+            RuntimeError: as :func:`torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`.
+        """
+        self._needs_deployment("calc_grad_norm")
+        return self._runtime.norm.total(norm_type, error_if_nonfinite=error_if_nonfinite)
+
+    def clip_grad_norm(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,  # noqa: FBT001 - torch's signature
+        *,
+        parameters: Iterable[torch.nn.Parameter] | None = None,
+    ) -> torch.Tensor:
+        """Scales all gradients down to a norm of ``max_norm``, if theirs is larger; collective.
+
+        What :func:`torch.nn.utils.clip_grad_norm_` does with the whole model on one device.
+
+        Args:
+            max_norm: the largest norm.
+            norm_type: the order of the norm, positive or infinite.
+            error_if_nonfinite: whether a norm that is no finite number is an error.
+            parameters: some of the bare model's parameters, the same on every process; by default
+                all.
+
+        Returns:
+            The norm before, the same on every process.
+
+        Raises:
+            RaNNCError: as :meth:`calc_grad_norm`, or for parameters that are not the model's.
+            RuntimeError: as :func:`torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`.
+        """
+        self._needs_deployment("clip_grad_norm")
+        return self._runtime.norm.clip(
+            max_norm,
+            norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+            names=None if parameters is None else self._names_of(parameters),
+        )
+
+    clip_grad_norm_ = clip_grad_norm
+
     def state_dict(  # type: ignore[override]  # torch's are overloads
         self, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -316,6 +369,18 @@ class RaNNCModule(torch.nn.Module):
         raise RaNNCError(
             f"the model has no parameter `{name}`", hint="named_parameters() lists them"
         )
+
+    def _names_of(self, parameters: Iterable[torch.nn.Parameter]) -> list[str]:
+        """The names that count, in the model's order, of some of its parameters."""
+        known = {id(p): name for name, p in self._runtime.parameters.items()}
+        wanted = {id(parameter) for parameter in parameters}
+        if not wanted <= known.keys():
+            raise RaNNCError(
+                f"{len(wanted - known.keys())} of the {len(wanted)} given parameters are not the "
+                "model's",
+                hint="pass parameters of the model that was wrapped, or of its submodules",
+            )
+        return [name for identity, name in known.items() if identity in wanted]
 
     def _first_names(self) -> dict[int, str]:
         """The name that counts of each parameter and buffer, by its identity."""

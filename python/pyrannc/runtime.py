@@ -24,6 +24,7 @@ from .comm import Communicator
 from .dropout import set_dropout
 from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
+from .norms import GradientNorm
 from .optimizer import check_element_wise, keep_local, keep_part
 from .sharding import Sharding
 from .stage import build_stage
@@ -94,11 +95,13 @@ class Runtime:
         comm: the connections to the other ranks.
         holders: which ranks hold each parameter and buffer.
         accumulation: gradients that wait to be added up between ranks.
+        norm: the norm of all gradients, once the model is deployed.
     """
 
     plan: _core.Plan
     holders: state.Holders
     accumulation: Accumulation
+    norm: GradientNorm
 
     def __init__(
         self,
@@ -245,6 +248,8 @@ class Runtime:
         self._take_part()
         self._divide(placement)
         self._variants.add(kind, self._build(captured, graph, placement))
+        self.norm = GradientNorm(self.comm, self.parameters, self.holders, self.accumulation)
+        self.norm.watch()
         self.deployed = True
 
     def _capture_to_plan(
@@ -433,6 +438,8 @@ class Runtime:
     def close(self) -> None:
         """Leaves the other ranks. Local parameters keep their values."""
         self._variants.clear()
+        if self.deployed:
+            self.norm.forget()
         self.comm.close()
 
 

@@ -153,11 +153,15 @@ def train_with_rannc(name: str, setup: Setup, folder: str) -> Record:
 
 
 def wrap(
-    chosen: Case, setup: Setup, folder: str
+    chosen: Case,
+    setup: Setup,
+    folder: str,
+    prepare: Callable[[torch.nn.Module], None] = lambda _: None,
 ) -> tuple[pyrannc.RaNNCModule, torch.optim.Optimizer | None]:
-    """The case's model, placed as the setup says, and its optimizer."""
+    """The case's model, changed by `prepare`, placed as the setup says, and its optimizer."""
     deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
     model = chosen.make_model()
+    prepare(model)
     optimizer = make_optimizer(chosen, model, setup)
     wrapped = pyrannc.RaNNCModule(
         model,

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from ._sizes import Affine, fit
 from ._structure import Structure, flatten
 from .errors import CaptureError
+from .guards import lifted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,6 +104,7 @@ class Site:
     Attributes:
         name: how it is called in the graph.
         function: the part itself.
+        module: the submodule, if it is one.
         calls: its calls during the last export, by the name of their operator.
     """
 
@@ -111,7 +113,7 @@ class Site:
     ) -> None:
         self.name = name
         self.function = function
-        self._module = module
+        self.module = module
         self.calls: dict[str, Opaque] = {}
         self._observed: dict[int, list[Observation]] = {}
         self._next_call = 0
@@ -120,9 +122,9 @@ class Site:
     @property
     def state(self) -> list[torch.Tensor]:
         """The parameters and buffers it reads; during export these are the exporter's."""
-        if self._module is None:
+        if self.module is None:
             return []
-        return [*self._module.parameters(), *self._module.buffers()]
+        return [*self.module.parameters(), *self.module.buffers()]
 
     def begin(self) -> None:
         """Starts another run or export."""
@@ -208,9 +210,9 @@ class Opaque(torch.nn.Module):
         """Calls the real thing; its state is what it holds, `state` only tells what it reads."""
         del state
         args, kwargs = self._arguments.build(inputs)
-        outputs, _, _ = flatten(
-            self.site.function(*args, **kwargs), drop_unknown=True, root="result"
-        )
+        with lifted():
+            result = self.site.function(*args, **kwargs)
+        outputs, _, _ = flatten(result, drop_unknown=True, root="result")
         return outputs
 
     def without_data(

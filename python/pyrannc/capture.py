@@ -107,6 +107,13 @@ class Captured:
         """Whether it draws random numbers."""
         return draws(self.node_by_key.values())
 
+    def whole_modules(self) -> set[int]:
+        """Identities of the submodules that could not be captured, and of those inside."""
+        found = (operator_of(node) for node in self.node_by_key.values())
+        opaque = [one.target for one in found if one is not None]
+        sites = [target.site.module for target in opaque if isinstance(target, Opaque)]
+        return {id(part) for site in sites if site is not None for part in site.modules()}
+
     def num_rows(self, tensors: list[torch.Tensor]) -> int:
         """How many rows the tensors of a call hold."""
         if not self.batch_inputs:

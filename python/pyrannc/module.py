@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import _core, state
+from ._wrapper import Wrapper, check_arguments, check_placement
 from .accumulation import Accumulation
 from .comm import ensure_process_group, get_rank, get_world_size
 from .config import Config
@@ -24,7 +25,7 @@ _LOSS_REDUCTIONS = ("mean", "sum")
 _live: weakref.WeakSet[RaNNCModule] = weakref.WeakSet()
 
 
-class RaNNCModule(torch.nn.Module):
+class RaNNCModule(Wrapper):
     """A model that trains over all processes as the bare model would on one.
 
     The first call captures the model, plans how to split it, and moves each part to its processes;
@@ -64,13 +65,7 @@ class RaNNCModule(torch.nn.Module):
     ) -> None:
         """Wraps ``model``; nothing is planned before the first call."""
         super().__init__()
-        if not isinstance(model, torch.nn.Module):
-            raise RaNNCError(f"`model` is a {type(model).__name__}, needed a torch.nn.Module")
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise RaNNCError(
-                f"`optimizer` is a {type(optimizer).__name__}, "
-                "needed a torch.optim.Optimizer or None"
-            )
+        check_arguments(model, optimizer, [other.model for other in _live])
         if loss_reduction not in _LOSS_REDUCTIONS:
             raise RaNNCError(f'`loss_reduction` is {loss_reduction!r}, needed "mean" or "sum"')
         self.model = model
@@ -83,11 +78,13 @@ class RaNNCModule(torch.nn.Module):
             enable_zero=enable_zero,
             config=config or Config.load(),
         )
+        # What runs on several ranks is not the compiler's; capture needs its package anyway.
+        self._call = torch.compiler.disable(self._runtime.call)
         _live.add(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model on this process's batch; collective, planning at the first call."""
-        return self._runtime.call(args, kwargs)
+        return self._call(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the wrapped model, where this class has none of that name."""
@@ -99,15 +96,16 @@ class RaNNCModule(torch.nn.Module):
             return getattr(self.model, name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RaNNCModule:  # noqa: FBT001 - torch's signature
-        """Leaves parameters where deployment put them."""
+        """Moves and converts before the first call; afterwards parameters stay where they are.
+
+        Raises:
+            RaNNCError: for a conversion to another type after the first call.
+        """
         if not self._runtime.deployed:
             self.model._apply(fn, recurse)  # what nn.Module does for its children
             return self
-        raise RaNNCError(
-            "the model's parameters were placed when it was deployed "
-            "and cannot be moved or converted",
-            hint="call to(), cuda(), half() and the like on the model before wrapping it",
-        )
+        check_placement(fn, self._runtime.parameters.values())
+        return self
 
     @property
     def deployment(self) -> _core.Plan:
@@ -354,6 +352,7 @@ class RaNNCModule(torch.nn.Module):
     def undeploy(self) -> None:
         """Leaves the other processes and frees what was built for training together."""
         self._runtime.close()
+        _live.discard(self)
 
     def _needs_deployment(self, what: str) -> None:
         if not self._runtime.deployed:

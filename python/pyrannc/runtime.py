@@ -7,6 +7,7 @@ telling each other, so that a failure anywhere stops all of them with the same m
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _core, _slices, planning, state, streams
+from . import _core, _slices, elsewhere, guards, hooks, planning, state, streams
 from ._core import Slot
+from ._form import Form
 from ._structure import flatten
 from .accumulation import Accumulation, Reduction
 from .capture import Captured, batch_size, capture, input_signature
@@ -132,6 +134,9 @@ class Runtime:
         self._variants = Variants()
         self.dropout: bool | None = None
         self._elsewhere: list[torch.nn.Parameter] = []
+        self._whole: set[int] = set()
+        self._guards: guards.Guards | None = None
+        self.closed = False
         self.sharding = Sharding(self.comm)
         self.accumulation = Accumulation(self.comm, self.parameters)
         if optimizer is not None:
@@ -145,14 +150,19 @@ class Runtime:
         Returns:
             What the bare model would return for this rank's rows, with losses of the global batch.
         """
+        if self.closed:
+            raise RaNNCError(
+                "the model was undeployed: its connections to the other ranks are closed",
+                hint="call undeploy() or clear() after the last step, or wrap a model anew",
+            )
+        _refuse_transforms()
         signature, arrival = self._arrive(args, kwargs)
         with torch.inference_mode(mode=False):  # what lasts must be usable in training
             if not self.deployed:
                 self._deploy(args, kwargs, signature, arrival)
             variant = self._variant(args, kwargs, signature, arrival)
-        inputs = [
-            tensor.to(self.comm.device) for tensor in variant.captured.flatten_inputs(args, kwargs)
-        ]
+        given = variant.captured.flatten_inputs(args, kwargs)
+        inputs = [tensor.to(self.comm.device) for tensor in given]
         step = Step(
             arrival.total,
             self._denominators(variant, inputs, arrival),
@@ -172,20 +182,23 @@ class Runtime:
         variant.executor.run(program.forward(self.comm.rank), step)
         outputs = self._outputs(variant, step)
         if arrival.training:
-            finish = _Finish(self, variant, program, step, arrival, reduced=reduce)
+            inner = [not tensor.is_leaf for tensor in given]
+            finish = _Finish(self, variant, program, step, arrival, inner, reduced=reduce)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
 
     def _arrive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Arrival]:
         """Tells the other ranks what this one was called with, and hears what they were."""
         problem: Exception | None = None
-        signature, rows = "", 0
+        signature, rows, mode = "", 0, Mode(b"", b"")
         try:
+            mode = self._mode()
+            hooks.check_parameter_hooks(self.local_parameters())
             signature = input_signature(args, kwargs)
             rows = batch_size(flatten((args, kwargs))[0])
         except Exception as error:  # raised below, after the others know
             problem = error
-        training, mode = torch.is_grad_enabled(), Mode.of(self.model, self.dropout)
+        training = torch.is_grad_enabled()
         delayed = training and self.accumulation.delays
         gradients = int(training) + int(delayed)
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
@@ -247,9 +260,11 @@ class Runtime:
         self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
         self._take_part()
         self._divide(placement)
-        self._variants.add(kind, self._build(captured, graph, placement))
+        self._keep(kind, self._build(captured, graph, placement))
         self.norm = GradientNorm(self.comm, self.parameters, self.holders, self.accumulation)
         self.norm.watch()
+        if self.comm.world_size > 1:
+            self._guards = guards.Guards(self.model, self.sharding)
         self.deployed = True
 
     def _capture_to_plan(
@@ -258,7 +273,7 @@ class Runtime:
         """The model as it trains; as it is now if it cannot be called so when it trains."""
         try:
             with _mode(self.model, training=True):
-                kind = Kind(signature, Mode.of(self.model, self.dropout))
+                kind = Kind(signature, self._mode())
                 return *self._capture(args, kwargs, arrival), kind
         except MismatchError:
             raise
@@ -266,7 +281,7 @@ class Runtime:
             if self.model.training:
                 raise
             logger.info("planned as the model evaluates, as it does not train so: %s", failure)
-        kind = Kind(signature, Mode.of(self.model, self.dropout))
+        kind = Kind(signature, self._mode())
         return *self._capture(args, kwargs, arrival), kind
 
     def _take_part(self) -> None:
@@ -274,7 +289,7 @@ class Runtime:
         for name, tensor in [*self.parameters.items(), *self.buffers.items()]:
             tensor.data = self.comm.broadcast(tensor.detach().to(self.comm.device).contiguous(), 0)
             if isinstance(tensor, torch.nn.Parameter) and not self.holders.is_local(name):
-                state.free(tensor)
+                elsewhere.take_away(tensor)
                 tensor.grad = None
                 self._elsewhere.append(tensor)
         if self.optimizer is not None:
@@ -295,6 +310,13 @@ class Runtime:
             check_element_wise(self.optimizer)  # also where a loaded deployment asks for it
             self.sharding.watch(self.optimizer)
 
+    def look_again(self) -> None:
+        """Takes note of parameters and buffers that the model was given before its first call."""
+        if not self.deployed:
+            self.parameters.clear()
+            self.parameters.update(self.model.named_parameters())
+            self.buffers = dict(self.model.named_buffers())
+
     def local_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that this rank holds, by name; all of them before deployment."""
         if not self.deployed and not hasattr(self, "holders"):
@@ -304,7 +326,7 @@ class Runtime:
     def _variant(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
     ) -> Variant:
-        kind = Kind(signature, Mode.of(self.model, self.dropout))
+        kind = Kind(signature, self._mode())
         variant = self._variants.find(kind, arrival.total, with_gradients=arrival.training)
         if variant is None:
             with self._materialized():
@@ -313,8 +335,25 @@ class Runtime:
             self._check_holders(placement)
             self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
             variant = self._build(captured, graph, placement)
-            self._variants.add(kind, variant)
+            self._keep(kind, variant)
         return variant
+
+    def _mode(self) -> Mode:
+        """What decides, apart from the arguments, which operators the model runs now."""
+        if not self.deployed:
+            self._form = Form(self.model)
+        with torch._C.DisableTorchFunctionSubclass():
+            form = self._form.digest(self._whole)
+            return Mode.of(self.model, self.dropout, form)
+
+    def _keep(self, kind: Kind, variant: Variant) -> None:
+        """Keeps a variant; attributes of parts that it leaves whole do not count from now on."""
+        whole = variant.captured.whole_modules()
+        if not whole <= self._whole:
+            self._whole |= whole
+            form = self._form.digest(self._whole)
+            kind = dataclasses.replace(kind, mode=dataclasses.replace(kind.mode, form=form))
+        self._variants.add(kind, variant)
 
     def _check_holders(self, placement: _core.Placement) -> None:
         """Refuses a variant in which a rank would need parameters that are elsewhere."""
@@ -333,7 +372,7 @@ class Runtime:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrival: Arrival
     ) -> tuple[Captured, _core.Graph]:
         def work() -> tuple[Captured, _core.Graph]:
-            with streams.undisturbed(self.comm.device):
+            with streams.undisturbed(self.comm.device), guards.lifted():
                 captured = capture(self.model, args, kwargs)
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
@@ -414,13 +453,18 @@ class Runtime:
                 continue
             full = self.holders.everywhere(name, parameter, parameter) if needs_values else None
             if not self.holders.is_local(name):
-                parameter.data = torch.empty_like(parameter) if full is None else full
+                elsewhere.bring_back(parameter, full)
         try:
             with self.sharding.whole():
                 yield
         finally:
             for parameter in self._elsewhere:
-                state.free(parameter)
+                elsewhere.take_away(parameter)
+
+    def wanted(self) -> bool:
+        """Whether the backward that is running is to leave gradients of parameters."""
+        edge = torch.autograd.graph.get_gradient_edge(self._anchor)
+        return torch._C._will_engine_execute_node(edge.node)
 
     def publish(self, gradients: dict[str, torch.Tensor], scale: torch.Tensor | None) -> None:
         """Moves a step's gradients to ``.grad``, as a backward of the bare model would."""
@@ -437,10 +481,18 @@ class Runtime:
 
     def close(self) -> None:
         """Leaves the other ranks. Local parameters keep their values."""
+        self.closed = True
         self._variants.clear()
         if self.deployed:
             self.norm.forget()
+        if self._guards is not None and self.whole_here:
+            self._guards.remove()
         self.comm.close()
+
+    @property
+    def whole_here(self) -> bool:
+        """Whether this rank holds all of the model."""
+        return not self._elsewhere and not any(name in self.sharding for name in self.parameters)
 
 
 @dataclass(slots=True)
@@ -452,6 +504,7 @@ class _Finish:
     program: _core.Program
     step: Step
     arrival: Arrival
+    inner: list[bool]
     reduced: bool
     done: bool = False
 
@@ -477,6 +530,13 @@ class _Finish:
         self, values: list[int], seeds: Sequence[torch.Tensor]
     ) -> list[torch.Tensor | None]:
         """Runs the backward with the gradients of the outputs; returns those of the inputs."""
+        if torch.is_grad_enabled():
+            raise RaNNCError(
+                "a derivative of a gradient was asked for (`create_graph=True`), but what has run "
+                "on several ranks can be differentiated only once",
+                hint="compute such a penalty with a model that is not wrapped, or by finite "
+                "differences",
+            )
         if self.done:
             raise RaNNCError(
                 "backward was called twice for one forward; "
@@ -490,23 +550,39 @@ class _Finish:
             for value, seed in zip(values, seeds, strict=True):
                 self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
             self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
-        self.runtime.accumulation.prepare(
-            self.step.gradients, self.variant.reduction, reduced=self.reduced
-        )
-        self.runtime.publish(self.step.gradients, scale)
-        if not self.arrival.delayed:
-            self.runtime.accumulation.reduce()
-        return [self._input_gradient(value, scale) for value in self.variant.graph.inputs]
+        if self.runtime.wanted():
+            self.runtime.accumulation.prepare(
+                self.step.gradients, self.variant.reduction, reduced=self.reduced
+            )
+            self.runtime.publish(self.step.gradients, scale)
+            if not self.arrival.delayed:
+                self.runtime.accumulation.reduce()
+        return [
+            self._input_gradient(value, scale, inner=inner)
+            for value, inner in zip(self.variant.graph.inputs, self.inner, strict=True)
+        ]
 
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
         """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
-        info = self.variant.executor.values[value]
-        if info.transport != "split" or self.runtime.loss_reduction == "sum":
-            return seed.contiguous()
-        share = self.arrival.rows[self.runtime.comm.rank] / self.arrival.total
+        share = self._share(value)
         return seed.contiguous() if share == 1 else seed * share
 
-    def _input_gradient(self, value: int, scale: torch.Tensor | None) -> torch.Tensor | None:
+    def _share(self, value: int) -> float:
+        """What a mean over this rank's rows counts for in the mean over all."""
+        info = self.variant.executor.values[value]
+        rows = self.arrival.rows[self.runtime.comm.rank]
+        if info.transport != "split" or self.runtime.loss_reduction == "sum" or rows == 0:
+            return 1
+        return rows / self.arrival.total
+
+    def _input_gradient(
+        self, value: int, scale: torch.Tensor | None, *, inner: bool
+    ) -> torch.Tensor | None:
+        """A leaf's is that of the global loss, as on one device.
+
+        What was computed by this rank, perhaps by another wrapped model, gets the gradient of this
+        rank's own mean, which is what outputs are given: see `_weighted`.
+        """
         info = self.variant.executor.values[value]
         if not info.requires_grad:
             return None
@@ -514,7 +590,8 @@ class _Finish:
         if gradient is None:
             rank = self.runtime.comm.rank
             return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)
-        return gradient if scale is None else gradient * scale
+        gradient = gradient if scale is None else gradient * scale
+        return gradient / self._share(value) if inner else gradient
 
 
 class _Boundary(torch.autograd.Function):
@@ -537,6 +614,22 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.finish.backward(ctx.values, seeds)
         return (None, None, None, None, *gradients)
+
+
+def _refuse_transforms() -> None:
+    """Says what cannot see through the pipeline, before it does something else silently."""
+    transform = None
+    if torch._C._get_tracing_state() is not None:
+        transform = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        transform = "torch.export"
+    elif torch._C._functorch.peek_interpreter_stack() is not None:
+        transform = "torch.func"
+    if transform is not None:
+        raise RaNNCError(
+            f"`{transform}` cannot look into a RaNNCModule, whose parts run on several ranks",
+            hint="give it the bare model, with the values of state_dict()",
+        )
 
 
 def _raise(problem: Exception | None) -> None:

@@ -72,7 +72,7 @@ class Sharding:
         self._versions: dict[str, int] = {}
         self._stepped = False
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether this rank trains but a part of the parameter ``name``."""
         return name in self._divided
 

@@ -149,13 +149,6 @@ def _entries(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1)
 
 
-def free(parameter: torch.Tensor) -> None:
-    """Gives back a tensor's memory; its shape and type stay readable."""
-    parameter.data = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(
-        parameter.shape
-    )
-
-
 def copy_local(
     target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor], holders: Holders
 ) -> None:

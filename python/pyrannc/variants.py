@@ -79,25 +79,28 @@ class Mode:
         training: for each module whether it is in training mode, in the order of `modules()`.
         trained: for each parameter whether it requires gradients, in the order of `parameters()`.
         dropout: whether dropout is on; `None` as the modules say.
+        form: what else of its modules counts, see `_form`.
     """
 
     training: bytes
     trained: bytes
     dropout: bool | None = None
+    form: int = 0
 
     @classmethod
-    def of(cls, model: torch.nn.Module, dropout: bool | None = None) -> Mode:  # noqa: FBT001
+    def of(cls, model: torch.nn.Module, dropout: bool | None = None, form: int = 0) -> Mode:  # noqa: FBT001
         """The mode that `model` is in."""
         return cls(
             bytes(module.training for module in model.modules()),
             bytes(parameter.requires_grad for parameter in model.parameters()),
             dropout,
+            form,
         )
 
     @property
     def digest(self) -> int:
         """A number that is equal on two processes where the modes are."""
-        text = repr((self.training, self.trained, self.dropout)).encode()
+        text = repr((self.training, self.trained, self.dropout, self.form)).encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
 
     def describe(self, model: torch.nn.Module) -> str:
@@ -117,6 +120,8 @@ class Mode:
             words.append(f"{_some(frozen)} frozen")
         if self.dropout is not None:
             words.append(f"dropout {'on' if self.dropout else 'off'}")
+        if self.form:
+            words.append(f"attributes and hooks #{self.form & 0xFFFF:04x}")
         return ", ".join(words)
 
 

@@ -33,9 +33,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-V100_HALF_FLOPS = 125_000_000_000_000
-"""Peak of a V100 SXM2 with half-precision operands (NVIDIA's data sheet)."""
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -54,7 +51,7 @@ class Log:
 
     Attributes:
         model: the function in `benchmarks/models.py`.
-        cluster: a preset, or a cluster's JSON.
+        cluster: a preset.
         batch: rows of the global batch.
         microbatches: with more than one the original computes every stage again in backward.
         optimizer_state_factor: bytes of optimizer state per byte of parameters.
@@ -71,11 +68,6 @@ class Log:
     stages: tuple[Stage, ...]
 
 
-def _half_precision_v100s(count: int) -> str:
-    device = {"kind": "v100-32gb", "count": count, "flops_per_second": V100_HALF_FLOPS}
-    return json.dumps({"name": "half-precision V100", "devices": [device]})
-
-
 LOGS = {
     "tutorial, small": Log(
         "tutorial_small", "a100-40gb:1x2", 128, 1, 2.0, False,
@@ -90,7 +82,7 @@ LOGS = {
     ),
     # Apex's O2 keeps a float32 copy of parameters and gradients, and Adam's two states.
     "BERT 4.9 B": Log(
-        "bert_4_9b_half", _half_precision_v100s(8), 64, 8, 8.0, True,
+        "bert_4_9b_half", "v100-32gb:1x8", 64, 8, 8.0, True,
         (
             Stage(2, 35_409, 110_886, 233_871, 27_080_000_000),
             Stage(2, 34_849, 110_344, 222_027, 25_740_000_000),
@@ -191,14 +183,10 @@ class Deployment:
         log, folder = self._log, self._folder
         deployment, trace = folder / "deployment.json", folder / "trace.json"
         deployment.write_text(json.dumps(self._deployment()))
-        cluster = log.cluster
-        if cluster.startswith("{"):
-            (folder / "cluster.json").write_text(cluster)
-            cluster = str(folder / "cluster.json")
         done = subprocess.run(
             [
                 rannc, "simulate", str(deployment), str(folder / "graph.json"), "--json",
-                "--cluster", cluster, "--trace", str(trace),
+                "--cluster", log.cluster, "--trace", str(trace),
                 "--optimizer-state-factor", str(log.optimizer_state_factor),
             ],
             stdout=subprocess.PIPE,

@@ -70,12 +70,17 @@ count = 4
 kind = "mine"
 memory_bytes = 1000000000
 flops_per_second = 2000000000
+half_flops_per_second = 4000000000
 memory_bytes_per_second = 3000000000
 node = 1
 [intra_node]
 latency_ns = 8000
 bytes_per_second = 150000000000
+reduce_bytes_per_second = 90000000000
 [inter_node]
 latency_ns = 30000
 bytes_per_second = 1250000000
+[[shared]]
+devices = [0, 1, 2]
+capacity_ppm = 1500000
 "#;

@@ -1,8 +1,9 @@
 """The devices that the processes have, and the links between them, as the planner reads them.
 
 Memory and places are asked of the system every time. Speeds are measured, once for each kind of
-device and each kind of link, and kept on disk; with `measure = false` they are constants, so that
-plans do not depend on a stopwatch. The result is the JSON form of `rannc_cost::Cluster`.
+device and each kind of link, and so is how much processes on the same cores slow each other down;
+all are kept on disk. With `measure = false` they are constants, so that plans do not depend on a
+stopwatch. The result is the JSON form of `rannc_cost::Cluster`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ _NETWORK_LINK = {"latency_ns": 100_000, "bytes_per_second": 10**9}
 _SMALL_BYTES = 8
 _LARGE_BYTES = 4 * 2**20
 _ROUND_TRIPS = 16
+_REDUCED_BYTES = 8 * 2**20
+_REDUCED_PARTS = 8
+_REPEATS = 9
+_PPM = 1_000_000
 
 Link = dict[str, int]
 
@@ -47,6 +52,8 @@ class Place:
     kind: str
     device_index: int
     total_memory_bytes: int
+    cores: tuple[int, ...] = ()
+    threads: int = 1
 
 
 def describe(comm: Communicator, config: Config) -> str:
@@ -69,14 +76,18 @@ def describe(comm: Communicator, config: Config) -> str:
         for place in places
     ]
     kinds = ", ".join(dict.fromkeys(place.kind for place in places))
-    return json.dumps(
-        {
-            "name": f"{len(places)} x {kinds} on {len(hosts)} node{'s' * (len(hosts) > 1)}",
-            "devices": devices,
-            "intra_node": speeds["intra_node"],
-            "inter_node": speeds["inter_node"],
-        }
-    )
+    description = {
+        "name": f"{len(places)} x {kinds} on {len(hosts)} node{'s' * (len(hosts) > 1)}",
+        "devices": devices,
+        "intra_node": speeds["intra_node"],
+        "inter_node": speeds["inter_node"],
+    }
+    shared = [
+        {"devices": ranks, "capacity_ppm": speeds["capacities"][host]}
+        for host, ranks in _crowds(places).items()
+        if speeds["capacities"][host] < len(ranks) * _PPM
+    ]
+    return json.dumps(description | ({"shared": shared} if shared else {}))
 
 
 def device_kind(device: torch.device) -> str:
@@ -113,7 +124,25 @@ def synchronize(device: torch.device) -> None:
 
 def _own_place(device: torch.device) -> Place:
     kind, total = device_kind(device), memory_bytes(device)
-    return Place(socket.gethostname(), kind, device.index or 0, total)
+    cores = tuple(sorted(os.sched_getaffinity(0))) if device.type == "cpu" else ()
+    index, threads = device.index or 0, torch.get_num_threads()
+    return Place(socket.gethostname(), kind, index, total, cores, threads)
+
+
+def _crowds(places: list[Place]) -> dict[str, list[int]]:
+    """By host, the ranks on its CPUs, where there are several."""
+    crowds: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        if place.cores:
+            crowds.setdefault(place.host, []).append(rank)
+    return {host: ranks for host, ranks in crowds.items() if len(ranks) > 1}
+
+
+def _room_ppm(ranks: list[int], places: list[Place]) -> int:
+    """How many of these processes have cores for all of their threads, in millionths."""
+    cores = {core for rank in ranks for core in places[rank].cores}
+    threads = max(places[rank].threads for rank in ranks)
+    return min(max(len(cores) * _PPM // threads, 1), len(ranks) * _PPM)
 
 
 def _sharers(place: Place, places: list[Place]) -> int:
@@ -126,7 +155,9 @@ def _sharers(place: Place, places: list[Place]) -> int:
 
 def _constants(device: torch.device, places: list[Place]) -> dict[str, Any]:
     speed = _CPU_SPEED if device.type == "cpu" else _ACCELERATOR_SPEED
+    crowds = _crowds(places)
     return {
+        "capacities": {host: _room_ppm(ranks, places) for host, ranks in crowds.items()},
         "devices": {place.kind: speed for place in places},
         "intra_node": _CPU_LINK if device.type == "cpu" else _ACCELERATOR_LINK,
         "inter_node": _NETWORK_LINK,
@@ -136,7 +167,7 @@ def _constants(device: torch.device, places: list[Place]) -> dict[str, Any]:
 def _speeds(comm: Communicator, config: Config, places: list[Place]) -> dict[str, Any]:
     """Measured speeds: from rank 0's cache, else measured by all ranks together."""
     key = {
-        "places": [[place.host, place.kind] for place in places],
+        "places": [[place.host, place.kind, place.cores] for place in places],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -145,7 +176,19 @@ def _speeds(comm: Communicator, config: Config, places: list[Place]) -> dict[str
     known = comm.broadcast_object(_cache.load(path, key) if comm.rank == 0 else None)
     if known:
         return dict(known)
-    measured = {"devices": _device_speeds(comm, places), **_link_speeds(comm, places)}
+    capacities = _capacities(comm, places)
+    links = _link_speeds(comm, places)
+    if comm.device.type == "cpu" and len(places) > 1:
+        one_host = len({place.host for place in places}) == 1
+        link = links["intra_node" if one_host else "inter_node"]
+        crowds = _crowds(places)
+        slowest = [len(ranks) * _PPM / capacities[host] for host, ranks in crowds.items()]
+        link["reduce_bytes_per_second"] = _reduce_speed(comm, link, max([1.0, *slowest]))
+    measured = {
+        "devices": _device_speeds(comm, places),
+        "capacities": capacities,
+        **links,
+    }
     if comm.rank == 0:
         _cache.store(path, key, measured)
     return measured
@@ -171,6 +214,64 @@ def _device_speed(device: torch.device) -> dict[str, int]:
         "flops_per_second": max(2 * size**3 * 10**9 // multiply_ns, 1),
         "memory_bytes_per_second": max(2 * block.nbytes * 10**9 // copy_ns, 1),
     }
+
+
+def _capacities(comm: Communicator, places: list[Place]) -> dict[str, int]:
+    """By host, how many of its processes compute at full speed at a time, in millionths.
+
+    On cores of their own processes still share caches and memory: work takes longer when all do it
+    than when the first of each host does it alone.
+    """
+    crowds = _crowds(places)
+    if not crowds:
+        return {}
+    firsts = {ranks[0] for ranks in crowds.values()}
+    own_ns = _work_ns(comm.device) if comm.rank in firsts else 0
+    alone = comm.all_gather_row([own_ns])
+    together = comm.all_gather_row([_work_ns(comm.device)])
+    found = {}
+    for host, ranks in crowds.items():
+        mean_ns = sum(together[rank][0] for rank in ranks) / len(ranks)
+        speed = min(alone[ranks[0]][0] / max(mean_ns, 1), 1.0)
+        # What only counts the time on a core does not see others that take turns with it.
+        room = _room_ppm(ranks, places) if _counts_own_time() else len(ranks) * _PPM
+        found[host] = max(int(room * speed), 1)
+    return found
+
+
+def _counts_own_time() -> bool:
+    return torch.get_num_threads() == 1
+
+
+def _work_ns(device: torch.device) -> int:
+    """The median time of a linear layer and its backward; of one thread the time it ran."""
+    now = time.thread_time_ns if _counts_own_time() else time.perf_counter_ns
+    weight = torch.randn(1024, 1024, device=device, requires_grad=True)
+    rows = torch.randn(256, 1024, device=device, requires_grad=True)
+    times = []
+    for _ in range(_REPEATS):
+        start = now()
+        torch.nn.functional.gelu(rows @ weight).sum().backward()  # type: ignore[no-untyped-call]
+        times.append(now() - start)
+    return int(sorted(times[1:])[len(times) // 2])
+
+
+def _reduce_speed(comm: Communicator, link: Link, crowding: float) -> int:
+    """Bytes per second while all ranks add up tensors, as gradients are; collective."""
+    count = comm.world_size
+    parts = [torch.zeros(_REDUCED_BYTES // 4 // _REDUCED_PARTS) for _ in range(_REDUCED_PARTS)]
+    times = []
+    for _ in range(_REPEATS):
+        comm.barrier()
+        start = time.perf_counter_ns()
+        flat = comm.all_reduce(torch.cat(parts))
+        for part, reduced in zip(parts, flat.split(parts[0].numel()), strict=True):
+            part.copy_(reduced)
+        times.append(time.perf_counter_ns() - start)
+    messages = 2 * (count - 1)
+    took = sorted(times[1:])[len(times) // 4] / crowding - link["latency_ns"] * messages
+    speed = int(_REDUCED_BYTES * messages * 10**9 / count / max(took, 1))
+    return int(comm.broadcast_object(max(speed, 1)))
 
 
 def _fastest_ns(work: Callable[[], object], device: torch.device, repeats: int = 4) -> int:

@@ -2,16 +2,15 @@
 
 Every distinct operator signature is run once on random data, at a few numbers of rows. Sums of
 parts come out too low or too high, so a stretch of the graph is then run as a whole and its times
-divided by the sums: the calibration, which also says how many processes share each core. Measured
-times are kept on disk, by device and settings. The result is the JSON form of
-`rannc_cost::Profile`.
+divided by the sums: the calibration. Times are those of a process that has its cores to itself; how
+much others slow it down is said by the cluster. Measured times are kept on disk, by device and
+settings. The result is the JSON form of `rannc_cost::Profile`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ from torch._subclasses import FakeTensor
 from pyrannc import _cache, cluster
 from pyrannc._progress import progress
 from pyrannc._stopwatch import Stopwatch, Times
-from pyrannc.comm import Launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,9 +80,7 @@ def profile(
             "format": _FORMAT,
             "device": key["device"],
             "settings": settings,
-            "calibration": {
-                name: ratio * _crowding_ppm(device) // _PPM for name, ratio in calibration.items()
-            },
+            "calibration": calibration,
             "entries": entries,
         }
     )
@@ -222,14 +218,6 @@ def _ratio_ppm(whole_ns: int, parts_ns: int) -> int:
     if whole_ns == 0 or parts_ns == 0:
         return _PPM
     return min(max(whole_ns * _PPM // parts_ns, _PPM // 10), _PPM * 10)
-
-
-def _crowding_ppm(device: torch.device) -> int:
-    """How many times longer everything takes when all processes of a host share its cores."""
-    if device.type != "cpu":
-        return _PPM
-    threads = Launch.from_environment().local_world_size * torch.get_num_threads()
-    return max(threads * _PPM // len(os.sched_getaffinity(0)), _PPM)
 
 
 def _sample(rows: int, times: Times) -> Sample:

@@ -39,4 +39,8 @@ def test_all_ranks_agree_and_the_second_time_is_cached(pools: Pools, tmp_path: P
     assert described["devices"][1]["memory_bytes"] == memory // 2
     assert 1_000 < described["intra_node"]["latency_ns"] < 10**9
     assert described["intra_node"]["bytes_per_second"] > 10**6
+    assert described["intra_node"]["reduce_bytes_per_second"] > 10**6
+    for shared in described.get("shared", []):
+        assert shared["devices"] == [0, 1]
+        assert 100_000 < shared["capacity_ppm"] < 2_000_000
     assert described["inter_node"] == {"latency_ns": 100_000, "bytes_per_second": 10**9}

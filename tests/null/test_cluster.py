@@ -54,6 +54,22 @@ def test_processes_share_memory_and_nodes_are_numbered() -> None:
     assert [cluster._sharers(place, places) for place in places] == [2, 1, 2, 1]
 
 
+def test_cores_are_shared_by_the_processes_of_a_host() -> None:
+    places = [
+        cluster.Place("a", "cpu", 0, 100, (0, 1)),
+        cluster.Place("b", "cpu", 0, 100, (0, 1)),
+        cluster.Place("a", "cpu", 0, 100, (0, 1)),
+        cluster.Place("a", "cpu", 0, 100, (1, 2)),
+        cluster.Place("a", "gpu", 0, 100),
+    ]
+    assert cluster._crowds(places) == {"a": [0, 2, 3]}
+    assert cluster._room_ppm([0, 2, 3], places) == 3_000_000
+    assert cluster._room_ppm([0, 2], places) == 2_000_000
+    assert cluster._room_ppm([0, 0, 2, 2], places) == 2_000_000
+    constants = cluster._constants(torch.device("cpu"), places[:3])
+    assert constants["capacities"] == {"a": 2_000_000}
+
+
 def test_cache_survives_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / _cache.file_name("test", ["key", 1])
     assert _cache.load(path, ["key", 1]) == {}

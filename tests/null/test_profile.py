@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -134,23 +133,6 @@ def test_no_memory_at_a_size_leaves_the_others(
     measured = measure(capture(model.make_model(), args, kwargs), config)
     rows = [[sample["rows"] for sample in samples] for samples in measured["entries"].values()]
     assert rows == [[2]] * len(rows)
-
-
-def test_processes_that_share_cores_take_longer(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = case("one_op")
-    args, kwargs = model.make_batch(8)
-    captured = capture(model.make_model(), args, kwargs)
-    alone = measure(captured, config)
-    num_processes = 3 * len(os.sched_getaffinity(0))
-    for name, value in [("RANK", 0), ("WORLD_SIZE", num_processes), ("LOCAL_RANK", 0)]:
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
-    crowded = measure(captured, config)
-    assert crowded["entries"] == alone["entries"]
-    for name, ratio in alone["calibration"].items():
-        assert crowded["calibration"][name] == 3 * ratio
 
 
 def test_models_without_data_are_not_measured(config: Config) -> None:

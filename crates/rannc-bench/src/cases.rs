@@ -10,9 +10,9 @@ use crate::models::{
 };
 
 /// Ten gigabit Ethernet between nodes.
-const ETHERNET: Link = Link { latency_ns: 50_000, bytes_per_second: 1_250_000_000 };
+const ETHERNET: Link = Link::new(50_000, 1_250_000_000);
 /// PCI Express between the devices of a node.
-const PCI: Link = Link { latency_ns: 10_000, bytes_per_second: 12_000_000_000 };
+const PCI: Link = Link::new(10_000, 12_000_000_000);
 
 const WIDE_RESNET_50: [i64; 4] = [3, 4, 6, 3];
 const WIDE_RESNET_101: [i64; 4] = [3, 4, 23, 3];

@@ -76,7 +76,7 @@ pub(crate) fn cluster(args: &ClusterArgs) -> Result<Cluster> {
         if found < wanted as usize {
             bail!("`--devices` asks for {wanted} devices, but the cluster has {found}");
         }
-        cluster.devices.truncate(wanted as usize);
+        cluster.truncate(wanted as usize);
     }
     Ok(cluster)
 }

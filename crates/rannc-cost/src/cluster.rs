@@ -12,19 +12,23 @@
 //! [inter_node]            # both links default to those of the first device's preset
 //! latency_ns = 30000
 //! bytes_per_second = 1250000000
+//! [[shared]]              # devices that compute with the same cores
+//! devices = [0, 1, 2, 3]
+//! capacity_ppm = 2000000  # two of them at full speed, or all at half
 //! ```
 //!
 //! # Where the presets come from
 //!
 //! Memory is what torch reports as usable in total. Compute is the data sheet's peak for float32
-//! without tensor cores, which is what torch uses by default; give a higher number for TF32 or
-//! bfloat16 training. Bandwidths are the data sheets' too: `NVLink` in one direction (NVIDIA V100 SXM2,
+//! without tensor cores, which is what torch uses by default (give a higher number for TF32), and for
+//! operands of 16 bits the peak of dense tensor cores. Bandwidths are the data sheets' too: `NVLink` in one direction (NVIDIA V100 SXM2,
 //! A100 SXM4, H100 SXM5), between nodes one device's share of the network cards of a DGX-1, DGX A100
 //! or DGX H100. Latencies are the order of magnitude of NCCL. `cpu` is a few cores of a server with
 //! processes joined by gloo.
 
 use serde::{Deserialize, Serialize};
 
+use crate::profile::scale;
 use crate::{CostError, Link};
 
 const GIB: u64 = 1 << 30;
@@ -32,6 +36,10 @@ const GIGA: u64 = 1_000_000_000;
 
 /// A longer name than this is surely a mistake; each device has one.
 const MAX_NAME_BYTES: usize = 256;
+
+const PARTS: u64 = 1_000_000;
+/// A larger capacity than this, a million devices, is surely a mistake.
+const MAX_CAPACITY_PPM: u64 = PARTS * PARTS;
 
 /// The kinds with built-in numbers.
 pub(crate) const PRESET_NAMES: [&str; 5] =
@@ -46,10 +54,22 @@ pub struct Device {
     pub memory_bytes: u64,
     /// Floating-point operations per second at best.
     pub flops_per_second: u64,
+    /// The same for operands of 16 bits, as tensor cores take them.
+    pub half_flops_per_second: u64,
     /// Bytes per second between the device and its memory.
     pub memory_bytes_per_second: u64,
     /// The node it sits in.
     pub node: u32,
+}
+
+/// Devices that compute with the same cores, as processes on one CPU do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shared {
+    /// The devices, by rank.
+    pub devices: Vec<u32>,
+    /// How many of them can compute at full speed at a time, in millionths.
+    pub capacity_ppm: u64,
 }
 
 /// The devices by rank, and the two kinds of links.
@@ -63,11 +83,15 @@ pub struct Cluster {
     pub intra_node: Link,
     /// Between devices of different nodes.
     pub inter_node: Link,
+    /// Devices that are not as fast when others compute; each in one group at most.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shared: Vec<Shared>,
 }
 
 struct Preset {
     memory_bytes: u64,
     flops_per_second: u64,
+    half_flops_per_second: u64,
     memory_bytes_per_second: u64,
     intra_node: Link,
     inter_node: Link,
@@ -76,6 +100,7 @@ struct Preset {
 const fn gpu(
     memory: u64,
     gigaflops: u64,
+    half_gigaflops: u64,
     memory_gb: u64,
     nvlink_gb: u64,
     network_mb: u64,
@@ -83,24 +108,26 @@ const fn gpu(
     Preset {
         memory_bytes: memory,
         flops_per_second: gigaflops * GIGA,
+        half_flops_per_second: half_gigaflops * GIGA,
         memory_bytes_per_second: memory_gb * GIGA,
-        intra_node: Link { latency_ns: 8_000, bytes_per_second: nvlink_gb * GIGA },
-        inter_node: Link { latency_ns: 20_000, bytes_per_second: network_mb * 1_000_000 },
+        intra_node: Link::new(8_000, nvlink_gb * GIGA),
+        inter_node: Link::new(20_000, network_mb * 1_000_000),
     }
 }
 
 fn preset(kind: &str) -> Result<Preset, CostError> {
     Ok(match kind {
-        "v100-32gb" => gpu(34_089_730_048, 15_700, 900, 150, 6_250),
-        "a100-40gb" => gpu(42_506_321_920, 19_500, 1_555, 300, 25_000),
-        "a100-80gb" => gpu(79 * GIB, 19_500, 2_039, 300, 25_000),
-        "h100-80gb" => gpu(79 * GIB, 67_000, 3_350, 450, 50_000),
+        "v100-32gb" => gpu(34_089_730_048, 15_700, 125_000, 900, 150, 6_250),
+        "a100-40gb" => gpu(42_506_321_920, 19_500, 312_000, 1_555, 300, 25_000),
+        "a100-80gb" => gpu(79 * GIB, 19_500, 312_000, 2_039, 300, 25_000),
+        "h100-80gb" => gpu(79 * GIB, 67_000, 989_000, 3_350, 450, 50_000),
         "cpu" => Preset {
             memory_bytes: 16 * GIB,
             flops_per_second: 100 * GIGA,
+            half_flops_per_second: 100 * GIGA,
             memory_bytes_per_second: 20 * GIGA,
-            intra_node: Link { latency_ns: 50_000, bytes_per_second: 2 * GIGA },
-            inter_node: Link { latency_ns: 100_000, bytes_per_second: GIGA },
+            intra_node: Link::new(50_000, 2 * GIGA),
+            inter_node: Link::new(100_000, GIGA),
         },
         _ => return Err(CostError::UnknownPreset { found: kind.to_owned() }),
     })
@@ -114,6 +141,8 @@ struct File {
     devices: Vec<FileDevice>,
     intra_node: Option<Link>,
     inter_node: Option<Link>,
+    #[serde(default)]
+    shared: Vec<Shared>,
 }
 
 #[derive(Deserialize)]
@@ -124,6 +153,7 @@ struct FileDevice {
     count: u32,
     memory_bytes: Option<u64>,
     flops_per_second: Option<u64>,
+    half_flops_per_second: Option<u64>,
     memory_bytes_per_second: Option<u64>,
     #[serde(default)]
     node: u32,
@@ -150,6 +180,7 @@ impl Cluster {
             kind: kind.to_owned(),
             memory_bytes: numbers.memory_bytes,
             flops_per_second: numbers.flops_per_second,
+            half_flops_per_second: numbers.half_flops_per_second,
             memory_bytes_per_second: numbers.memory_bytes_per_second,
             node,
         };
@@ -157,8 +188,8 @@ impl Cluster {
             .flat_map(|node| (0..devices_per_node).map(move |_| node))
             .map(device)
             .collect();
-        Self { name, devices, intra_node: numbers.intra_node, inter_node: numbers.inter_node }
-            .checked()
+        let (intra_node, inter_node) = (numbers.intra_node, numbers.inter_node);
+        Self { name, devices, intra_node, inter_node, shared: Vec::new() }.checked()
     }
 
     /// Reads `kind:nodesxdevices`, `kind:devices` (one node) or `kind` (one device).
@@ -222,11 +253,11 @@ impl Cluster {
             |given: Option<Link>, of: fn(&Preset) -> Link| match (given, file.devices.first()) {
                 (Some(link), _) => Ok(link),
                 (None, Some(first)) => preset(&first.kind).map(|numbers| of(&numbers)),
-                (None, None) => Ok(Link { latency_ns: 0, bytes_per_second: 1 }),
+                (None, None) => Ok(Link::new(0, 1)),
             };
         let intra_node = link(file.intra_node, |numbers| numbers.intra_node)?;
         let inter_node = link(file.inter_node, |numbers| numbers.inter_node)?;
-        Self { name: file.name, devices, intra_node, inter_node }.checked()
+        Self { name: file.name, devices, intra_node, inter_node, shared: file.shared }.checked()
     }
 
     fn checked(self) -> Result<Self, CostError> {
@@ -241,10 +272,57 @@ impl Cluster {
             format!("`{field}` has 0 for `bytes_per_second`, needed at least 1")
         } else if let Some((rank, kind, field)) = idle {
             format!("device {rank} (`{kind}`) has 0 for `{field}`, needed at least 1")
+        } else if let Some(problem) = self.badly_shared() {
+            problem
         } else {
             return Ok(self);
         };
         Err(CostError::BadCluster { name: self.name, problem })
+    }
+
+    /// What is wrong with the groups of devices that share cores.
+    fn badly_shared(&self) -> Option<String> {
+        let mut group_of: Vec<Option<usize>> = vec![None; self.devices.len()];
+        for (index, group) in self.shared.iter().enumerate() {
+            if !(1..=MAX_CAPACITY_PPM).contains(&group.capacity_ppm) {
+                let (found, most) = (group.capacity_ppm, MAX_CAPACITY_PPM);
+                return Some(format!(
+                    "`shared` {index} has {found} for `capacity_ppm`, needed 1 to {most}"
+                ));
+            }
+            for &rank in &group.devices {
+                let Some(known) = group_of.get_mut(rank as usize) else {
+                    let most = self.devices.len() - 1;
+                    return Some(format!(
+                        "`shared` {index} names device {rank}, needed 0 to {most}"
+                    ));
+                };
+                if let Some(other) = known.replace(index) {
+                    return Some(format!(
+                        "device {rank} is in `shared` {other} and again in {index}, needed in one"
+                    ));
+                }
+            }
+        }
+        None
+    }
+
+    /// Leaves out all but the first `num_devices` devices.
+    pub fn truncate(&mut self, num_devices: usize) {
+        self.devices.truncate(num_devices);
+        for group in &mut self.shared {
+            group.devices.retain(|&rank| (rank as usize) < num_devices);
+        }
+        self.shared.retain(|group| !group.devices.is_empty());
+    }
+
+    /// How many times longer these devices take when all of them compute, in millionths.
+    pub fn crowding_ppm(&self, ranks: &[u32]) -> u64 {
+        let slowed = self.shared.iter().map(|group| {
+            let busy = ranks.iter().filter(|rank| group.devices.contains(rank)).count() as u64;
+            scale(busy * PARTS, PARTS, group.capacity_ppm)
+        });
+        slowed.fold(PARTS, u64::max)
     }
 }
 
@@ -284,6 +362,7 @@ impl Device {
         let numbers = [
             ("memory_bytes", self.memory_bytes),
             ("flops_per_second", self.flops_per_second),
+            ("half_flops_per_second", self.half_flops_per_second),
             ("memory_bytes_per_second", self.memory_bytes_per_second),
         ];
         numbers.into_iter().find(|&(_, number)| number == 0).map(|(field, _)| field)
@@ -304,8 +383,17 @@ impl FileDevice {
                     given.2.unwrap_or(numbers.memory_bytes_per_second),
                 )
             };
-        let (kind, node) = (self.kind.clone(), self.node);
-        Ok(Device { kind, memory_bytes, flops_per_second, memory_bytes_per_second, node })
+        // Whoever gives a speed of their own for a preset means all operands, unless they say so.
+        let known = if self.flops_per_second.is_none() { preset(&self.kind).ok() } else { None };
+        let half = known.map_or(flops_per_second, |numbers| numbers.half_flops_per_second);
+        Ok(Device {
+            kind: self.kind.clone(),
+            memory_bytes,
+            flops_per_second,
+            half_flops_per_second: self.half_flops_per_second.unwrap_or(half),
+            memory_bytes_per_second,
+            node: self.node,
+        })
     }
 }
 
@@ -363,6 +451,31 @@ mod tests {
         assert_eq!(cluster.link(0, 2).latency_ns, 7);
         assert_eq!(cluster.intra_node, Cluster::parse("v100-32gb").unwrap().intra_node);
         assert!(Cluster::from_toml("devices = [{kind = \"mine\"}]").is_err());
+    }
+
+    #[test]
+    fn devices_may_share_cores() {
+        let text = |shared: &str| format!("devices = [{{kind = \"cpu\", count = 4}}]\n{shared}");
+        let two = "[[shared]]\ndevices = [0, 1, 2]\ncapacity_ppm = 2000000";
+        let cluster = Cluster::from_toml(&text(two)).unwrap();
+        assert_eq!(Cluster::from_json(&cluster.to_json()).unwrap(), cluster);
+        let crowding = |ranks: &[u32]| cluster.crowding_ppm(ranks);
+        assert_eq!(crowding(&[0, 1, 2, 3]), 1_500_000);
+        assert_eq!([crowding(&[0, 1]), crowding(&[3]), crowding(&[])], [1_000_000; 3]);
+        let mut fewer = cluster.clone();
+        fewer.truncate(2);
+        assert_eq!(fewer.shared[0].devices, [0, 1]);
+        let refused = |shared: &str| Cluster::from_toml(&text(shared)).unwrap_err().to_string();
+        let found = [
+            refused("[[shared]]\ndevices = [4]\ncapacity_ppm = 1"),
+            refused("[[shared]]\ndevices = [1]\ncapacity_ppm = 0"),
+            refused(&format!("{two}\n{two}")),
+        ];
+        insta::assert_snapshot!(found.join("\n"), @r"
+        the cluster `` cannot be used: `shared` 0 names device 4, needed 0 to 3
+        the cluster `` cannot be used: `shared` 0 has 0 for `capacity_ppm`, needed 1 to 1000000000000
+        the cluster `` cannot be used: device 0 is in `shared` 0 and again in 1, needed in one
+        ");
     }
 
     #[test]

@@ -5,6 +5,8 @@ use rannc_graph::{Graph, NodeId};
 use crate::profile::scale;
 use crate::{AnalyticCosts, Cluster, CostError, CostModel, Device, Profile, ProfiledCosts};
 
+const PARTS: u64 = 1_000_000;
+
 /// The devices of a cluster by *class*: devices of one class have equal kinds, memory and speeds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Classes {
@@ -19,8 +21,15 @@ impl Cluster {
     pub fn classes(&self, num_devices: usize) -> Classes {
         let mut devices: Vec<Device> = Vec::new();
         let alike = |a: &Device, b: &Device| {
-            (&a.kind, a.memory_bytes, a.flops_per_second, a.memory_bytes_per_second)
-                == (&b.kind, b.memory_bytes, b.flops_per_second, b.memory_bytes_per_second)
+            let numbers = |device: &Device| {
+                [
+                    device.memory_bytes,
+                    device.flops_per_second,
+                    device.half_flops_per_second,
+                    device.memory_bytes_per_second,
+                ]
+            };
+            a.kind == b.kind && numbers(a) == numbers(b)
         };
         let of_rank = self.devices.iter().take(num_devices).map(|device| {
             devices.iter().position(|known| alike(known, device)).unwrap_or_else(|| {
@@ -62,8 +71,11 @@ impl<'a> DeviceCosts<'a> {
         let measured = ProfiledCosts::new(graph, profile)?;
         let at = devices.iter().position(|device| device.kind == profile.device).unwrap_or(0);
         let models = devices.iter().map(|device| {
-            let same = [device.flops_per_second, device.memory_bytes_per_second]
-                == [devices[at].flops_per_second, devices[at].memory_bytes_per_second];
+            let speeds = |device: &Device| {
+                let Device { flops_per_second, half_flops_per_second, .. } = *device;
+                [flops_per_second, half_flops_per_second, device.memory_bytes_per_second]
+            };
+            let same = speeds(device) == speeds(&devices[at]);
             if same {
                 Box::new(measured.clone()) as Box<dyn CostModel + 'a>
             } else {
@@ -79,6 +91,24 @@ impl<'a> DeviceCosts<'a> {
     /// Costs on devices that are all alike.
     pub fn uniform(model: Box<dyn CostModel + 'a>, source: String) -> Self {
         Self { models: vec![model], source }
+    }
+
+    /// The costs while all devices of a cluster compute; none if none of them shares its cores.
+    pub fn crowded<'b>(&'b self, cluster: &Cluster) -> Option<DeviceCosts<'b>> {
+        if cluster.shared.is_empty() {
+            return None;
+        }
+        let classes = cluster.classes(cluster.devices.len());
+        let models = self.models.iter().enumerate().map(|(class, model)| {
+            let groups = cluster.shared.iter().filter(|group| {
+                group.devices.iter().any(|&rank| classes.of_rank[rank as usize] == class)
+            });
+            let ppm = groups.map(|group| cluster.crowding_ppm(&group.devices)).max();
+            let model: &'b (dyn CostModel + 'a) = &**model;
+            let slowed = Slowed { model, ppm: ppm.unwrap_or(PARTS) };
+            Box::new(slowed) as Box<dyn CostModel + 'b>
+        });
+        Some(DeviceCosts { models: models.collect(), source: self.source.clone() })
     }
 
     /// The costs on a class of devices.
@@ -105,6 +135,34 @@ fn listed(kinds: &[&str]) -> String {
         }
     }
     distinct.join(" and ")
+}
+
+/// Costs on devices that others slow down.
+struct Slowed<'b, 'a> {
+    model: &'b (dyn CostModel + 'a),
+    ppm: u64,
+}
+
+impl CostModel for Slowed<'_, '_> {
+    fn num_kinds(&self) -> usize {
+        self.model.num_kinds()
+    }
+
+    fn kind(&self, node: NodeId) -> usize {
+        self.model.kind(node)
+    }
+
+    fn forward_of(&self, kind: usize, rows: u64) -> u64 {
+        scale(self.model.forward_of(kind, rows), self.ppm, PARTS)
+    }
+
+    fn backward_of(&self, kind: usize, rows: u64) -> u64 {
+        scale(self.model.backward_of(kind, rows), self.ppm, PARTS)
+    }
+
+    fn least_per_row(&self, kind: usize, most_rows: u64) -> u64 {
+        scale(self.model.least_per_row(kind, most_rows), self.ppm, PARTS)
+    }
 }
 
 /// Measured times on one device, carried over to another by the ratio of their estimates.
@@ -184,6 +242,18 @@ mod tests {
         let classes = Cluster::from_toml(text).unwrap().classes(4);
         assert_eq!(classes.of_rank, [0, 0, 1, 0]);
         assert_eq!(classes.devices.len(), 2);
+    }
+
+    #[test]
+    fn crowded_devices_are_slower() {
+        let graph = testing::chain(1, 64);
+        let text = "devices = [{kind = \"cpu\", count = 3}]\n[[shared]]\ndevices = [0, 1, 2]\ncapacity_ppm = 2000000";
+        let cluster = Cluster::from_toml(text).unwrap();
+        let costs = DeviceCosts::new(&graph, None, &cluster.classes(3).devices).unwrap();
+        let crowded = costs.crowded(&cluster).unwrap();
+        let [alone, together] = [&costs, &crowded].map(|c| c.class(0).forward_ns(NodeId(0), 8));
+        assert_eq!(together, alone * 3 / 2);
+        assert!(costs.crowded(&Cluster::parse("cpu:3").unwrap()).is_none());
     }
 
     #[test]

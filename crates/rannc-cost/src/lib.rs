@@ -11,7 +11,7 @@ mod profile;
 mod schedule_kind;
 mod sharding;
 
-pub use cluster::{Cluster, Device};
+pub use cluster::{Cluster, Device, Shared};
 pub use comm::Link;
 pub use device_costs::{Classes, DeviceCosts};
 pub use error::CostError;

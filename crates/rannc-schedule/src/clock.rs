@@ -1,10 +1,11 @@
 //! The times and the memory of a simulated program.
 
 use crate::depend::{Access, Resource, Resources};
+use crate::pool::Pools;
 use crate::run::{At, Observer};
 use crate::script::{Move, Op, Script, Work};
 use crate::simulate::{Event, Memory, PeakMemory, RankTimeline, Timeline, Timing};
-use crate::{Action, Pass, Pipeline, Place, RankId, Slot, StageId};
+use crate::{Action, Pass, Pipeline, Place, RankId, ScheduleError, Slot, StageId};
 
 const NOTHING: (u64, Use) = (0, Use::Buffers);
 
@@ -23,6 +24,7 @@ pub(crate) struct Clock<'a> {
     /// Per move, when and at which step its sender and its receiver got ready.
     posted: Vec<[(u64, u32); 2]>,
     ranks: Vec<Rank>,
+    pools: Pools,
     /// Per resource, when it is complete.
     ready: Vec<u64>,
     /// Per resource, the memory it takes.
@@ -43,6 +45,8 @@ struct Rank {
     received: u64,
     /// Changes of its memory.
     changes: Vec<(u64, i64, Use)>,
+    /// When its next work starts and ends, if it shares its cores and that is known.
+    finished: Option<(u64, u64)>,
     /// Stages whose parameters have gradients.
     accumulated: Vec<StageId>,
     /// Events with their pass and position.
@@ -107,8 +111,9 @@ impl<'a> Clock<'a> {
         timing: &'a dyn Timing,
         memory: &'a dyn Memory,
         script: &'a Script,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, ScheduleError> {
+        let pools = Pools::new(&timing.shared(), pipeline.world_size)?;
+        Ok(Self {
             pipeline,
             resources,
             timing,
@@ -119,10 +124,34 @@ impl<'a> Clock<'a> {
             lists: None,
             posted: vec![Default::default(); script.moves.len()],
             ranks: vec![Rank::default(); pipeline.world_size as usize],
+            pools,
             ready: vec![0; resources.count()],
             held: vec![NOTHING; resources.count()],
             end: 0,
+        })
+    }
+
+    /// Whether a rank shares its cores.
+    pub(crate) fn shares(&self, rank: u32) -> bool {
+        self.pools.has(rank)
+    }
+
+    /// Starts work on a rank that shares its cores; false if it has come to its end.
+    pub(crate) fn start_shared(&mut self, rank: u32, work: u32) -> bool {
+        if self.ranks[rank as usize].finished.is_some() {
+            return false;
         }
+        let work = &self.script.works[work as usize];
+        let (start, duration) = (self.earliest(rank, work), self.duration(rank, work));
+        self.pools.start(rank, start, duration);
+        true
+    }
+
+    /// The rank whose shared work ends next, by `time`, and when.
+    pub(crate) fn next_finished(&mut self, time: u64) -> Option<(u64, u32)> {
+        let done = self.pools.next_by(time)?;
+        self.ranks[done.rank as usize].finished = Some((done.start, done.end));
+        Some((done.end, done.rank))
     }
 
     /// When a rank can go on.
@@ -189,22 +218,33 @@ impl<'a> Clock<'a> {
         *ready = time.max(*ready);
     }
 
-    /// A stage runs as soon as the rank and all that it takes are ready.
-    fn work(&mut self, at: At, work: &Work) {
-        let resources = self.resources;
-        let mut start = self.now(at.rank);
-        resources.touch_work(work, |resource, access| {
+    /// When a rank and all that its work takes are ready.
+    fn earliest(&self, rank: u32, work: &Work) -> u64 {
+        let mut start = self.now(rank);
+        self.resources.touch_work(work, |resource, access| {
             if access == Access::Take {
                 start = start.max(self.ready[resource as usize]);
             }
         });
-        let (forward, rank) = (work.pass == Pass::Forward, RankId(at.rank));
-        let duration = if forward {
-            self.timing.forward_ns(work.stage, rank, work.rows)
-        } else {
-            self.timing.backward_ns(work.stage, rank, work.rows)
-        };
-        let end = start.saturating_add(duration);
+        start
+    }
+
+    fn duration(&self, rank: u32, work: &Work) -> u64 {
+        match work.pass {
+            Pass::Forward => self.timing.forward_ns(work.stage, RankId(rank), work.rows),
+            Pass::Backward => self.timing.backward_ns(work.stage, RankId(rank), work.rows),
+        }
+    }
+
+    /// A stage runs as soon as the rank and all that it takes are ready.
+    fn work(&mut self, at: At, work: &Work) {
+        let resources = self.resources;
+        let forward = work.pass == Pass::Forward;
+        let finished = self.ranks[at.rank as usize].finished.take();
+        let (start, end) = finished.unwrap_or_else(|| {
+            let start = self.earliest(at.rank, work);
+            (start, start.saturating_add(self.duration(at.rank, work)))
+        });
         let keeps = forward && self.training && self.pipeline.stages[work.stage.index()].backward;
         if keeps {
             let bytes = self.memory.saved_bytes(work.stage, work.rows);
@@ -225,7 +265,7 @@ impl<'a> Clock<'a> {
         }
         let rank = &mut self.ranks[at.rank as usize];
         rank.now = end;
-        rank.busy += duration;
+        rank.busy += end - start;
         self.event(at, start, end);
     }
 

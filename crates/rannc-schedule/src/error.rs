@@ -66,6 +66,14 @@ pub enum ScheduleError {
         /// The output.
         value: u32,
     },
+    /// A rank whose cores are shared in two ways.
+    #[error("rank {rank} shares its cores in two groups, or is none of {world_size}")]
+    SharedTwice {
+        /// The rank.
+        rank: u32,
+        /// How many there are.
+        world_size: u32,
+    },
     /// Text that is not an action.
     #[error("`{text}` is not an action: {problem}")]
     ParseAction {
@@ -121,6 +129,7 @@ impl ScheduleError {
             Self::BadPipeline { .. }
             | Self::RankCount { .. }
             | Self::RowCount { .. }
+            | Self::SharedTwice { .. }
             | Self::ParseAction { .. } => None,
         }
     }

@@ -37,7 +37,10 @@ pub fn estimate(
     timing: &dyn Timing,
     memory: &dyn Memory,
 ) -> Result<Estimate, ScheduleError> {
-    let Some(folded) = fold(pipeline, batch, mode, timing) else {
+    // Copies that share cores are no copies of what one does alone.
+    let alone = timing.shared().is_empty();
+    let folded = alone.then(|| fold(pipeline, batch, mode, timing)).flatten();
+    let Some(folded) = folded else {
         let step = Step { pipeline, batch, schedule, mode, beside: Beside::None };
         return step.play(timing, memory);
     };
@@ -68,7 +71,7 @@ impl Step<'_> {
         let order = generate(schedule, pipeline, &layout, mode);
         let script = lower(pipeline, &resources, &transfers, &order, (mode, beside))?;
         let stage = Stage { pipeline, resources: &resources, timing, memory };
-        let timeline = stage.play(&script, None).map_err(|(pass, at)| {
+        let timeline = stage.play(&script, None)?.map_err(|(pass, at)| {
             let program = program(pipeline, &transfers, &script);
             render::rejected(&program, pass, &at.fault("it waits for ever"))
         })?;

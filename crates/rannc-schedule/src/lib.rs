@@ -25,6 +25,7 @@ mod fold;
 mod generate;
 mod lower;
 mod pipeline;
+mod pool;
 mod render;
 mod route;
 mod rows;
@@ -43,6 +44,7 @@ pub use fold::{Folded, fold};
 pub use pipeline::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, Stage, StageId, Transport,
 };
+pub use pool::Shared;
 pub use rannc_cost::ScheduleKind;
 pub use render::{grid, listing};
 pub use simulate::{Event, Memory, PeakMemory, RankTimeline, Timeline, Timing, simulate};

@@ -183,6 +183,16 @@ impl<'a> Run<'a> {
         positions.find(|(end, at)| (at.step as usize) < *end).map(|(_, at)| at)
     }
 
+    /// The number of the work that a rank could do next.
+    pub(crate) fn next_work(&self, rank: u32, ledger: &Ledger) -> Option<u32> {
+        let at = self.position(rank);
+        let &op = self.lists[rank as usize].get(at.step as usize)?;
+        let Op::Work(index) = op else { return None };
+        let mut allowed = true;
+        self.touch(rank, op, |resource, access| allowed &= ledger.allows(resource, access));
+        allowed.then_some(index)
+    }
+
     /// Lets a rank run its next action if it can; adds the ranks that this may set free to `woken`.
     pub(crate) fn advance(
         &mut self,

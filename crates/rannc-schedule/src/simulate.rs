@@ -22,7 +22,7 @@ use crate::depend::{Ledger, Resources};
 use crate::render;
 use crate::run::{At, Matching, Progress, Run};
 use crate::script::Script;
-use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, StageId};
+use crate::{Action, GradientGroup, Pipeline, Program, RankId, ScheduleError, Shared, StageId};
 
 /// How long things take, in nanoseconds.
 pub trait Timing {
@@ -36,6 +36,12 @@ pub trait Timing {
     fn reduce_gradients_ns(&self, group: &GradientGroup) -> u64;
     /// Adding up an output of this size between ranks.
     fn reduce_output_ns(&self, bytes: u64, ranks: &[RankId]) -> u64;
+
+    /// Ranks that compute with the same cores, in groups that have no rank in common: forwards and backwards
+    /// take longer while several are at them.
+    fn shared(&self) -> Vec<Shared> {
+        Vec::new()
+    }
 }
 
 /// How much memory work takes.
@@ -148,7 +154,7 @@ pub fn simulate(
     }
     let stage = Stage { pipeline, resources: &resources, timing, memory };
     stage
-        .play(&script, Some(program))
+        .play(&script, Some(program))?
         .map_err(|(pass, at)| render::rejected(program, pass, &at.fault("it waits for ever")))
 }
 
@@ -165,25 +171,25 @@ pub(crate) struct Stage<'a> {
 }
 
 impl Stage<'_> {
-    /// Plays both passes; keeps events if it gets the program. Fails where a rank waits for ever.
+    /// Plays both passes; keeps events if it gets the program. Tells where a rank waits for ever.
     pub(crate) fn play(
         &self,
         script: &Script,
         program: Option<&Program>,
-    ) -> Result<Timeline, (usize, At)> {
+    ) -> Result<Result<Timeline, (usize, At)>, ScheduleError> {
         let &Self { pipeline, resources, timing, memory } = self;
         let mut ledger = Ledger::new(resources);
         script.expect(resources, |resource, access| ledger.expect(resource, access));
-        let mut clock = Clock::new(pipeline, resources, timing, memory, script);
+        let mut clock = Clock::new(pipeline, resources, timing, memory, script)?;
         for pass in 0..script.passes.len() {
             clock.begin(pass, program.map(|program| program.passes()[pass].1));
             let mut run = Run::new(resources, pipeline, script, pass);
             play(&mut run, &mut ledger, &mut clock, pipeline.world_size);
             if let Some(at) = run.stuck() {
-                return Err((pass, at));
+                return Ok(Err((pass, at)));
             }
         }
-        Ok(clock.finish())
+        Ok(Ok(clock.finish()))
     }
 }
 
@@ -200,15 +206,31 @@ fn num_microbatches(program: &Program) -> u32 {
 fn play(run: &mut Run<'_>, ledger: &mut Ledger, clock: &mut Clock<'_>, world_size: u32) {
     let mut queue: BinaryHeap<_> =
         (0..world_size).map(|rank| Reverse((clock.now(rank), rank))).collect();
+    // Or at work that shares its cores.
     let mut queued = vec![true; world_size as usize];
     let mut woken = Vec::new();
-    while let Some(Reverse((time, rank))) = queue.pop() {
+    loop {
+        let next = queue.peek().map(|&Reverse((time, _))| time);
+        if let Some((time, rank)) = clock.next_finished(next.unwrap_or(u64::MAX)) {
+            queue.push(Reverse((time, rank)));
+            continue;
+        }
+        let Some(Reverse((time, rank))) = queue.pop() else { break };
         queued[rank as usize] = false;
         if time < clock.now(rank) {
             // It has got into a reduction since.
             woken.push(rank);
         }
-        while woken.is_empty() && run.advance(rank, ledger, clock, &mut woken) == Progress::Ran {
+        while woken.is_empty() {
+            let shares = clock.shares(rank);
+            let work = shares.then(|| run.next_work(rank, ledger)).flatten();
+            if work.is_some_and(|work| clock.start_shared(rank, work)) {
+                queued[rank as usize] = true;
+                break;
+            }
+            if run.advance(rank, ledger, clock, &mut woken) != Progress::Ran {
+                break;
+            }
             let next = (clock.now(rank), rank);
             if !woken.is_empty() || queue.peek().is_some_and(|&Reverse(first)| first < next) {
                 woken.push(rank);

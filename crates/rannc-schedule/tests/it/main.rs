@@ -9,5 +9,6 @@ mod mutations;
 mod pipelines;
 mod properties;
 mod scale;
+mod sharing;
 mod simulation;
 mod snapshots;

@@ -8,13 +8,14 @@
 
 use std::io::Write as _;
 
-use rannc_bench::baselines::{Baseline, Evaluate, Found, Setting, best};
+use rannc_bench::baselines::{Baseline, Evaluate, Found, best};
 use rannc_bench::cases::{self, Case};
 use rannc_bench::resources::measure;
 use rannc_bench::table::{Table, median, time};
-use rannc_cost::{Cluster, Training};
+use rannc_cost::{Cluster, ScheduleKind, Training};
 use rannc_graph::Graph;
 use rannc_partition::Candidate;
+use rannc_partition::simple::Setting;
 use rannc_plan::{Options, Plan, Planner};
 
 /// The most microbatches that baselines try.
@@ -46,10 +47,16 @@ fn main() {
     }
     show("\n");
     show(&summary(&results));
-    show(&bounds(&results));
+    let wrong = wrong_bounds(&results);
+    show(&format!(
+        "\nlower bounds above a plan that was found: {} {}\n",
+        wrong.len(),
+        wrong.join("; ")
+    ));
     for (case, result) in &results {
         show(&result.losses(case));
     }
+    assert!(wrong.is_empty(), "a lower bound is above a plan that was found: {wrong:?}");
 }
 
 fn show(text: &str) {
@@ -91,7 +98,8 @@ impl Comparison {
             let planner = Planner::new(&graph, None);
             let simulated =
                 Simulated { planner: &planner, cluster: &case.cluster, options: &options };
-            best(&Baseline::ALL, &graph, &setting(case, &options), &simulated)
+            let theirs = theirs(case, &options);
+            best(&Baseline::ALL, &graph, &Setting::new(&case.cluster, &theirs), &simulated)
         };
         let ours = ours.map_err(|error| error.to_string());
         Self { graph, ours, planning_ns: usage.nanoseconds, theirs }
@@ -197,29 +205,32 @@ fn line(ranks: &[u32], keys: &[String], again: usize, how: &str) -> String {
     )
 }
 
-fn setting<'a>(case: &'a Case, options: &Options) -> Setting<'a> {
-    let least = case.cluster.least_memory_bytes(case.cluster.devices.len()) as f64;
-    let limit = options.memory_limit_gib.map_or(least, |gib| least.min(gib * GIB));
+/// The options of the baselines.
+fn theirs(case: &Case, options: &Options) -> rannc_partition::Options {
+    let limit = options.memory_limit_gib.map_or(f64::INFINITY, |gib| gib * GIB);
     let factor = (options.optimizer_state_factor * 1e6).round();
-    Setting {
-        cluster: &case.cluster,
-        training: Training { optimizer_state_factor_ppm: factor as u64 },
-        batch_rows: case.batch_rows,
-        memory_limit_bytes: (limit * (1.0 - options.memory_margin)) as u64,
+    rannc_partition::Options {
         max_microbatches: MAX_MICROBATCHES,
+        training: Training { optimizer_state_factor_ppm: factor as u64 },
+        memory_margin_ppm: (options.memory_margin * 1e6).round() as u64,
+        recompute: true,
+        schedules: ScheduleKind::ALL.to_vec(),
+        ..rannc_partition::Options::new(
+            case.batch_rows,
+            case.cluster.devices.len(),
+            (limit * (1.0 - options.memory_margin)) as u64,
+        )
     }
 }
 
 /// The cases whose lower bound is above some plan, which would make it wrong.
-fn bounds(results: &[(Case, Comparison)]) -> String {
+fn wrong_bounds(results: &[(Case, Comparison)]) -> Vec<&str> {
     let is_wrong = |result: &Comparison| {
         let theirs = result.theirs.iter().flatten().map(|found| found.step_ns);
         let best = theirs.chain(result.step_ns()).min();
         result.bound_ns().zip(best).is_some_and(|(bound, best)| bound > best)
     };
-    let wrong = results.iter().filter(|(_, result)| is_wrong(result));
-    let names: Vec<&str> = wrong.map(|(case, _)| case.name).collect();
-    format!("\nlower bounds above a plan that was found: {} {}\n", names.len(), names.join("; "))
+    results.iter().filter(|(_, result)| is_wrong(result)).map(|(case, _)| case.name).collect()
 }
 
 fn summary(results: &[(Case, Comparison)]) -> String {

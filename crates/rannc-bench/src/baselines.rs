@@ -12,20 +12,13 @@
 //! | original | the fewest that fit | powers of two |
 //! | grid | least time of the slowest, between layers or operators | the same for all |
 
-mod line;
 mod original;
 mod pipedream;
-mod proposal;
-mod uniform;
 
-use std::collections::BTreeSet;
-
-use rannc_cost::{AnalyticCosts, Cluster, Training};
+use rannc_cost::AnalyticCosts;
 use rannc_graph::Graph;
-use rannc_partition::Candidate;
-
-use line::Line;
-use proposal::{Assessor, Proposal};
+use rannc_partition::simple::{Assessor, Cut, Proposal, Sequence, Setting, regular};
+use rannc_partition::{Atoms, Candidate};
 
 /// Proposals that are simulated at most, the most promising first, if few ranks make that quick.
 const MAX_SIMULATED: usize = 32;
@@ -34,21 +27,6 @@ const MAX_SIMULATED_RANKS: usize = 4_096;
 const MIN_SIMULATED: usize = 4;
 /// Proposals that may turn out not to fit for each that does.
 const MAX_REFUSED: usize = 64;
-
-/// What to plan for, in the terms of all baselines.
-#[derive(Clone, Debug)]
-pub struct Setting<'a> {
-    /// The devices; all are used, and taken to be like the first.
-    pub cluster: &'a Cluster,
-    /// What training adds to the memory of the model.
-    pub training: Training,
-    /// Rows of the global batch.
-    pub batch_rows: u64,
-    /// What a device may hold.
-    pub memory_limit_bytes: u64,
-    /// The most microbatches.
-    pub max_microbatches: u64,
-}
 
 /// Simulates a candidate.
 pub trait Evaluate {
@@ -100,27 +78,15 @@ impl Baseline {
 
     fn proposals(self, assessor: &Assessor) -> Vec<Proposal> {
         match self {
-            Self::EqualLayers => uniform::proposals(assessor, uniform::Cut::EqualCounts),
-            Self::BalancedTime => uniform::proposals(assessor, uniform::Cut::OperatorTime),
+            Self::EqualLayers => regular(assessor, Cut::EqualCounts, u64::MAX),
+            Self::BalancedTime => regular(assessor, Cut::OperatorTime, u64::MAX),
             Self::PipeDream => pipedream::proposals(assessor),
             Self::Original => original::proposals(assessor),
-            Self::Grid => uniform::proposals(assessor, uniform::Cut::AnyTime),
+            Self::Grid => [Cut::LayerTime, Cut::OperatorTime]
+                .into_iter()
+                .flat_map(|cut| regular(assessor, cut, u64::MAX))
+                .collect(),
         }
-    }
-}
-
-impl Setting<'_> {
-    /// Numbers of microbatches that leave a row for each of `replicas`: powers of two and divisors of
-    /// the batch, ascending.
-    fn microbatches(&self, replicas: usize) -> Vec<u64> {
-        let most = self.max_microbatches.min(self.batch_rows / replicas as u64);
-        let nice = |&count: &u64| count.is_power_of_two() || self.batch_rows.is_multiple_of(count);
-        (1..=most).filter(nice).collect()
-    }
-
-    /// The rows at which operators are timed to make blocks of similar time.
-    fn microbatch_to_balance(&self) -> u64 {
-        self.batch_rows.div_ceil(self.cluster.devices.len() as u64)
     }
 }
 
@@ -132,18 +98,16 @@ pub fn best(
     evaluate: &dyn Evaluate,
 ) -> Vec<Option<Found>> {
     let costs = AnalyticCosts::new(graph, &setting.cluster.devices[0]);
-    let line = Line::new(graph, &costs);
+    let atoms = Atoms::new(graph);
+    let line = Sequence::new(graph, &atoms, &costs);
     let assessor = Assessor::new(&line, setting);
     baselines.iter().map(|baseline| best_of(*baseline, &assessor, evaluate)).collect()
 }
 
 fn best_of(baseline: Baseline, assessor: &Assessor, evaluate: &dyn Evaluate) -> Option<Found> {
-    let proposals: BTreeSet<Proposal> = baseline.proposals(assessor).into_iter().collect();
-    let assess = |proposal| Some((assessor.assess(&proposal)?, proposal));
-    let mut promising: Vec<(u64, Proposal)> = proposals.into_iter().filter_map(assess).collect();
-    promising.sort();
+    let promising = assessor.ranked(baseline.proposals(assessor));
     let considered = promising.len();
-    let affordable = MAX_SIMULATED_RANKS / assessor.setting.cluster.devices.len();
+    let affordable = MAX_SIMULATED_RANKS / assessor.setting.options.num_devices;
     let mut wanted = affordable.clamp(MIN_SIMULATED, MAX_SIMULATED);
     let mut best: Option<Found> = None;
     for (estimate_ns, proposal) in promising.into_iter().take(wanted + MAX_REFUSED) {

@@ -22,6 +22,7 @@ mod price;
 mod recompute;
 mod runs;
 mod search;
+pub mod simple;
 mod stage;
 mod storage;
 mod threshold;

@@ -1,11 +1,29 @@
 //! Plans like a given one, for the simulator to compare with it.
 
 use rannc_cost::ScheduleKind;
-use rannc_partition::{Candidate, StageCandidate};
+use rannc_partition::{Candidate, Options, StageCandidate};
+
+/// What plans may be like.
+pub(crate) struct Neighbours<'a> {
+    microbatches: Vec<u64>,
+    schedules: &'a [ScheduleKind],
+}
+
+impl<'a> Neighbours<'a> {
+    pub(crate) fn new(options: &'a Options) -> Self {
+        let microbatches = rannc_partition::microbatch_candidates(options);
+        Self { microbatches, schedules: &options.schedules }
+    }
+
+    /// Those of a candidate; see [`neighbours`].
+    pub(crate) fn of(&self, candidate: &Candidate) -> Vec<Candidate> {
+        neighbours(candidate, &self.microbatches, self.schedules)
+    }
+}
 
 /// The candidate with other numbers of microbatches, with another schedule, and with its stages on
 /// the ranks in another order; each differs in one thing.
-pub(crate) fn neighbours(
+fn neighbours(
     candidate: &Candidate,
     microbatches: &[u64],
     schedules: &[ScheduleKind],

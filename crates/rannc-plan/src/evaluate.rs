@@ -10,14 +10,17 @@ use rannc_cost::{
 use rannc_graph::{Graph, NodeId, Users};
 use rannc_partition::{Candidate, Options, StageCandidate};
 use rannc_schedule::{
-    Batch, GradientGroup, Memory, Mode, Program, RankId, StageId, Timeline, Timing,
+    Batch, GradientGroup, Memory, Mode, Program, RankId, Shared, StageId, Timeline, Timing,
 };
 
 use crate::footprints::Footprints;
 use crate::{Placement, PlanError, StageEstimate, even_rows};
 
 /// Memory is played operator by operator if a step has no more forwards than that.
-const MOST_PLAYED: u64 = 1 << 12;
+const MOST_PLAYED: u64 = 1 << 13;
+
+/// A plan with at most so many forwards is simulated as it is, without folding.
+const MOST_UNFOLDED: u64 = 1 << 13;
 
 /// What a division would cost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +60,8 @@ impl<'a> Evaluator<'a> {
 
     /// How many forwards a simulation of the candidate has.
     pub(crate) fn work(candidate: &Candidate) -> u64 {
-        let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
         let copies = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).fold(0, gcd);
-        ranks / copies.max(1) * candidate.microbatches
+        num_forwards(candidate) / copies.max(1)
     }
 
     pub(crate) fn place(&self, candidate: &Candidate) -> Placement {
@@ -90,6 +92,20 @@ impl<'a> Evaluator<'a> {
         Ok(found.makespan_ns)
     }
 
+    /// The duration of a step without folding; with it, as given, where that takes long.
+    pub(crate) fn unfolded_ns(
+        &self,
+        candidate: &Candidate,
+        placement: &Placement,
+        folded_ns: u64,
+    ) -> Result<u64, PlanError> {
+        let all = num_forwards(candidate);
+        if all > MOST_UNFOLDED || all == Self::work(candidate) {
+            return Ok(folded_ns);
+        }
+        Ok(self.timeline(candidate, placement)?.1.makespan_ns)
+    }
+
     /// A training step and when everything in it happens.
     pub(crate) fn timeline(
         &self,
@@ -112,7 +128,7 @@ impl<'a> Evaluator<'a> {
     ) -> Result<Vec<StageMemory>, PlanError> {
         let mut memory = self.memory(candidate);
         let sharded = candidate.stages.iter().any(|stage| !stage.sharding.is_none());
-        if sharded || Self::work(candidate) > MOST_PLAYED {
+        if sharded || num_forwards(candidate) > MOST_PLAYED {
             return Ok(memory);
         }
         let rows = even_rows(self.options.batch_rows, self.world_size());
@@ -193,11 +209,18 @@ impl<'a> Evaluator<'a> {
     pub(crate) fn is_possible(&self, candidate: &Candidate) -> bool {
         let fewest_rows = self.options.batch_rows / candidate.microbatches.max(1);
         candidate.stages.iter().all(|stage| stage.ranks.len() as u64 <= fewest_rows)
-            && self
-                .memory(candidate)
-                .iter()
-                .enumerate()
-                .all(|(rank, memory)| memory.total() <= self.limit_bytes(rank))
+            && self.is_within(&self.memory(candidate))
+    }
+
+    /// Whether no rank takes too much memory, at its worst moment where that does not take long to tell.
+    pub(crate) fn fits(&self, candidate: &Candidate) -> Result<bool, PlanError> {
+        Ok(self.is_within(&self.peak_memory(candidate, &self.place(candidate))?))
+    }
+
+    /// Whether no rank takes more than it may.
+    pub(crate) fn is_within(&self, memory: &[StageMemory]) -> bool {
+        let mut ranks = memory.iter().enumerate();
+        ranks.all(|(rank, memory)| memory.total() <= self.limit_bytes(rank))
     }
 
     /// What a rank's device may use.
@@ -252,6 +275,12 @@ impl<'a> Evaluator<'a> {
         sizes.working = sizes.working.saturating_add(moment);
         sizes
     }
+}
+
+/// How many forwards a step has.
+fn num_forwards(candidate: &Candidate) -> u64 {
+    let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
+    ranks * candidate.microbatches
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
@@ -347,6 +376,14 @@ impl Timing for StageTiming<'_> {
     fn reduce_output_ns(&self, bytes: u64, ranks: &[RankId]) -> u64 {
         let ranks: Vec<u32> = ranks.iter().map(|rank| rank.0).collect();
         self.evaluator.cluster.all_reduce_ns(bytes, &ranks)
+    }
+
+    fn shared(&self) -> Vec<Shared> {
+        let groups = self.evaluator.cluster.shared.iter();
+        let ranks = |ranks: &[u32]| ranks.iter().copied().map(RankId).collect();
+        groups
+            .map(|group| Shared { ranks: ranks(&group.devices), capacity_ppm: group.capacity_ppm })
+            .collect()
     }
 }
 

@@ -16,6 +16,7 @@ mod place;
 mod plan;
 mod planner;
 mod progress;
+mod round;
 
 pub use compile::{Options, compile, even_rows};
 pub use error::PlanError;

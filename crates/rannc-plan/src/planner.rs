@@ -4,21 +4,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rannc_cost::{Cluster, Device, DeviceCosts, Profile};
 use rannc_graph::{Graph, NodeId};
+use rannc_partition::simple::{Assessor, Sequence, Setting};
 use rannc_partition::{Candidate, Partitioner, Progress};
 use rannc_schedule::{Program, Timeline};
 
-use crate::climb::neighbours;
+use crate::climb::Neighbours;
 use crate::compile::search_options;
 use crate::evaluate::Evaluator;
+use crate::round::{Round, Winner};
 use crate::{
     BoundEstimate, Estimates, Evaluation, Options, Placement, Plan, PlanError, PlanStage,
     RankEstimate,
 };
-
-/// A plan with at most so many forwards is simulated as it is, without folding.
-const MOST_PLAYED: u64 = 1 << 13;
-/// Candidates are simulated until these take so many forwards together; the first one always is.
-const MOST_SIMULATED: u64 = 1 << 17;
 
 /// Plans one model, again and again.
 ///
@@ -30,53 +27,6 @@ pub struct Planner<'a> {
     profile: Option<&'a Profile>,
     partitioner: Partitioner<'a>,
     costs: Mutex<Vec<(Vec<Device>, Arc<DeviceCosts<'a>>)>>,
-}
-
-/// The candidates simulated so far.
-struct Round<'a> {
-    evaluator: &'a Evaluator<'a>,
-    progress: &'a dyn Progress,
-    simulated: Vec<Candidate>,
-    work: u64,
-    best: Option<(u64, Candidate, Placement)>,
-}
-
-impl<'a> Round<'a> {
-    fn new(evaluator: &'a Evaluator<'a>, progress: &'a dyn Progress) -> Self {
-        Self { evaluator, progress, simulated: Vec::new(), work: 0, best: None }
-    }
-
-    /// Simulates a candidate unless it was already, or there was enough of that.
-    fn simulate(&mut self, candidate: Candidate) -> Result<(), PlanError> {
-        let work = Evaluator::work(&candidate);
-        if self.best.is_some() && self.work + work > MOST_SIMULATED {
-            return Ok(());
-        }
-        let same = |known: &Candidate| {
-            (&known.stages, known.microbatches, known.schedule)
-                == (&candidate.stages, candidate.microbatches, candidate.schedule)
-        };
-        if self.simulated.iter().any(same) {
-            return Ok(());
-        }
-        self.work += work;
-        self.progress.update("simulating candidates", self.work, MOST_SIMULATED);
-        let placement = self.evaluator.place(&candidate);
-        let step_ns = self.evaluator.step_ns(&candidate, &placement)?;
-        log::debug!(
-            "{} stages of {:?} replicas, {} microbatches, {}: estimated {} ns, simulated {step_ns} ns",
-            candidate.stages.len(),
-            candidate.stages.iter().map(|stage| stage.ranks.len()).collect::<Vec<_>>(),
-            candidate.microbatches,
-            candidate.schedule,
-            candidate.estimate_ns,
-        );
-        self.simulated.push(candidate.clone());
-        if self.best.as_ref().is_none_or(|(least, ..)| step_ns < *least) {
-            self.best = Some((step_ns, candidate, placement));
-        }
-        Ok(())
-    }
 }
 
 impl<'a> Planner<'a> {
@@ -103,35 +53,23 @@ impl<'a> Planner<'a> {
     ) -> Result<Plan, PlanError> {
         let search = search_options(self.graph, cluster, options)?;
         let costs = self.costs(cluster)?;
-        let found = self.partitioner.search(&costs, cluster, &search, progress)?;
+        // Estimates of the search take all devices to compute all the time; the simulator knows better.
+        let crowded = costs.crowded(cluster);
+        let expected = crowded.as_ref().unwrap_or(&costs);
+        let found = self.partitioner.search(expected, cluster, &search, progress)?;
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
         let mut round = Round::new(&evaluator, progress);
-        for candidate in found {
-            round.simulate(candidate)?;
+        round.simulate_found(found)?;
+        if self.graph.batch().splittable {
+            let sequence = Sequence::new(self.graph, self.partitioner.atoms(), costs.class(0));
+            let recompute = search.recompute && sequence.is_repeatable();
+            let options = rannc_partition::Options { recompute, ..search.clone() };
+            let setting = Setting::new(cluster, &options);
+            round.simulate_simple(&Assessor::new(&sequence, &setting))?;
+            round.climb(&Neighbours::new(&search))?;
         }
-        let counts = rannc_partition::microbatch_candidates(&search);
-        while self.graph.batch().splittable {
-            let Some((least, candidate, _)) = &round.best else { break };
-            let least = *least;
-            for next in neighbours(candidate, &counts, &search.schedules) {
-                if evaluator.is_possible(&next) {
-                    round.simulate(next)?;
-                }
-            }
-            if round.best.as_ref().is_none_or(|(step_ns, ..)| *step_ns >= least) {
-                break;
-            }
-        }
-        let best = round.best;
-        let (step_ns, candidate, placement) =
-            best.expect("a search that finds nothing is an error");
-        // Candidates were compared with copies of the pipeline folded; what is said of the plan is not.
-        let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
-        let step_ns = if ranks * candidate.microbatches <= MOST_PLAYED {
-            evaluator.timeline(&candidate, &placement)?.1.makespan_ns
-        } else {
-            step_ns
-        };
+        let winner = round.winner()?.expect("a search that finds nothing is an error");
+        let Winner { step_ns, candidate, placement } = winner;
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);
         let estimates = Estimates {
             costs_of: costs.source().into(),
@@ -173,12 +111,10 @@ impl<'a> Planner<'a> {
         let costs = self.costs(cluster)?;
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
         let placement = evaluator.place(candidate);
-        let step_ns = evaluator.step_ns(candidate, &placement)?;
+        let folded_ns = evaluator.step_ns(candidate, &placement)?;
+        let step_ns = evaluator.unfolded_ns(candidate, &placement, folded_ns)?;
         let memory = evaluator.peak_memory(candidate, &placement)?;
-        let fits = memory
-            .iter()
-            .enumerate()
-            .all(|(rank, memory)| memory.total() <= evaluator.limit_bytes(rank));
+        let fits = evaluator.is_within(&memory);
         Ok(Evaluation { step_ns, memory, fits })
     }
 

@@ -6,8 +6,9 @@
 //! there are several microbatches. A dynamic programme minimises the slowest forward plus the slowest
 //! backward over 32 blocks; summing gradients is no part of it.
 
-use super::line::{Sizes, Times};
-use super::proposal::{Assessor, Proposal, Recompute, SCHEDULES, nodes};
+use std::rc::Rc;
+
+use rannc_partition::simple::{Assessor, Proposal, Recompute, Sizes, Times, nodes};
 
 /// Its `max_partition_num` and its `max_pipeline`.
 const MAX_BLOCKS: usize = 32;
@@ -62,7 +63,7 @@ impl<'a> Blocks<'a> {
 
     /// One division for each number of microbatches, under both schedules.
     fn with_stages(&self, stages: usize, devices: usize, copies: usize) -> Vec<Proposal> {
-        let batch_rows = self.assessor.setting.batch_rows;
+        let batch_rows = self.assessor.setting.options.batch_rows;
         let counts = (0..).map(|power| 1_u64 << power);
         let most = MAX_MICROBATCHES.min(batch_rows / copies as u64);
         let mut found = Vec::new();
@@ -81,9 +82,13 @@ impl<'a> Blocks<'a> {
                 ranks.push((0..copies).flat_map(of).collect());
                 next += replicas;
             }
-            found.extend(SCHEDULES.map(|schedule| Proposal {
-                starts: division.iter().map(|&(block, _)| self.bounds[block]).collect(),
-                ranks: ranks.clone(),
+            let starts: Vec<usize> =
+                division.iter().map(|&(block, _)| self.bounds[block]).collect();
+            let (starts, ranks) = (Rc::new(starts), Rc::new(ranks));
+            let schedules = self.assessor.setting.options.schedules.iter();
+            found.extend(schedules.map(|&schedule| Proposal {
+                starts: Rc::clone(&starts),
+                ranks: Rc::clone(&ranks),
                 microbatches,
                 schedule,
                 recompute,

@@ -13,10 +13,10 @@
 //! microbatch as published, or once for all of a batch as a flush needs it. Stages that do not fit
 //! their memory are left out, with as many microbatches in flight as there are machines behind.
 
-use rannc_cost::Link;
+use std::rc::Rc;
 
-use super::line::Sizes;
-use super::proposal::{Assessor, Proposal, Recompute, SCHEDULES, nodes};
+use rannc_cost::Link;
+use rannc_partition::simple::{Assessor, Proposal, Recompute, Sizes, nodes};
 
 /// The most units of layers.
 const MAX_UNITS: usize = 128;
@@ -45,9 +45,11 @@ pub(super) fn proposals(assessor: &Assessor) -> Vec<Proposal> {
                 for &extra in &behind {
                     let case = Case { prices: &prices, microbatches, recompute, per_batch, extra };
                     let Some((starts, ranks)) = case.solve(levels) else { continue };
-                    found.extend(SCHEDULES.map(|schedule| Proposal {
-                        starts: starts.clone(),
-                        ranks: ranks.clone(),
+                    let (starts, ranks) = (Rc::new(starts), Rc::new(ranks));
+                    let schedules = assessor.setting.options.schedules.iter();
+                    found.extend(schedules.map(|&schedule| Proposal {
+                        starts: Rc::clone(&starts),
+                        ranks: Rc::clone(&ranks),
                         microbatches,
                         schedule,
                         recompute,

@@ -1,11 +1,12 @@
 use std::cell::Cell;
 
 use fixedbitset::FixedBitSet;
-use rannc_cost::{Cluster, Training};
+use rannc_cost::{Cluster, ScheduleKind};
 use rannc_graph::Graph;
-use rannc_partition::{Candidate, stages_are_valid};
+use rannc_partition::simple::Setting;
+use rannc_partition::{Candidate, Options, stages_are_valid};
 
-use super::{Baseline, Evaluate, Setting, best};
+use super::{Baseline, Evaluate, best};
 use crate::models::{Transformer, chain, gpt, nasnet, recommender, unet};
 
 /// Believes the estimate, and checks the form of what it is asked about.
@@ -39,19 +40,18 @@ impl Evaluate for Estimate<'_> {
     }
 }
 
-fn setting(cluster: &Cluster, batch_rows: u64, memory_limit_bytes: u64) -> Setting<'_> {
-    Setting {
-        cluster,
-        training: Training::default(),
-        batch_rows,
-        memory_limit_bytes,
+fn options(cluster: &Cluster, batch_rows: u64, memory_limit_bytes: u64) -> Options {
+    Options {
         max_microbatches: 8,
+        recompute: true,
+        schedules: ScheduleKind::ALL.to_vec(),
+        ..Options::new(batch_rows, cluster.devices.len(), memory_limit_bytes)
     }
 }
 
-fn steps(graph: &Graph, setting: &Setting) -> Vec<Option<u64>> {
-    let evaluate = Estimate { graph, devices: setting.cluster.devices.len(), asked: Cell::new(0) };
-    let found = best(&Baseline::ALL, graph, setting, &evaluate);
+fn steps(graph: &Graph, cluster: &Cluster, options: &Options) -> Vec<Option<u64>> {
+    let evaluate = Estimate { graph, devices: cluster.devices.len(), asked: Cell::new(0) };
+    let found = best(&Baseline::ALL, graph, &Setting::new(cluster, options), &evaluate);
     assert!(evaluate.asked.get() >= found.iter().flatten().count());
     found.into_iter().map(|found| found.map(|found| found.step_ns)).collect()
 }
@@ -63,7 +63,7 @@ fn candidates_are_valid_for_all_kinds_of_models() {
     for (nodes, devices) in [(1, 3), (2, 2)] {
         let cluster = Cluster::uniform("a100-40gb", nodes, devices).unwrap();
         for graph in &graphs {
-            let found = steps(graph, &setting(&cluster, 16, u64::MAX));
+            let found = steps(graph, &cluster, &options(&cluster, 16, u64::MAX));
             assert!(found.iter().all(Option::is_some), "{}: {found:?}", graph.name());
         }
     }
@@ -73,7 +73,7 @@ fn candidates_are_valid_for_all_kinds_of_models() {
 fn many_nodes_are_planned_level_by_level() {
     let cluster = Cluster::uniform("a100-40gb", 33, 2).unwrap();
     let graph = chain(32, 256, 1);
-    let found = steps(&graph, &setting(&cluster, 660, 6 << 20));
+    let found = steps(&graph, &cluster, &options(&cluster, 660, 6 << 20));
     assert!(found[2].is_some(), "PipeDream's: {found:?}");
 }
 
@@ -83,7 +83,7 @@ fn all_agree_where_there_is_one_good_plan() {
     let graph = chain(8, 64, 4096);
     for devices in [1, 4] {
         let cluster = Cluster::uniform("a100-40gb", 1, devices).unwrap();
-        let found = steps(&graph, &setting(&cluster, 64, u64::MAX));
+        let found = steps(&graph, &cluster, &options(&cluster, 64, u64::MAX));
         assert!(found.iter().all(|step| *step == found[0] && step.is_some()), "{found:?}");
     }
 }
@@ -93,8 +93,8 @@ fn memory_is_honoured() {
     let graph = chain(16, 1024, 1);
     let cluster = Cluster::uniform("a100-40gb", 1, 4).unwrap();
     let whole = 16 * 1024 * 1024 * 4 * 4;
-    assert!(steps(&graph, &setting(&cluster, 8, 2 * whole)).iter().all(Option::is_some));
-    let found = steps(&graph, &setting(&cluster, 8, whole / 3));
+    assert!(steps(&graph, &cluster, &options(&cluster, 8, 2 * whole)).iter().all(Option::is_some));
+    let found = steps(&graph, &cluster, &options(&cluster, 8, whole / 3));
     assert!(found.iter().all(Option::is_some), "{found:?}");
-    assert!(steps(&graph, &setting(&cluster, 8, whole / 8)).iter().all(Option::is_none));
+    assert!(steps(&graph, &cluster, &options(&cluster, 8, whole / 8)).iter().all(Option::is_none));
 }

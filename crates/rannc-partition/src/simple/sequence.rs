@@ -7,14 +7,18 @@ use std::rc::Rc;
 
 use rannc_cost::{CostModel, is_trained};
 use rannc_graph::{Affine, Graph, NodeId, ValueId};
-use rannc_partition::Atoms;
+
+use crate::Atoms;
+use crate::storage::written_storages;
 
 /// Atoms in program order, the layers that they form, and prefix sums of their times.
-pub(super) struct Line<'a> {
-    pub(super) graph: &'a Graph,
-    pub(super) atoms: Atoms,
+pub struct Sequence<'a> {
+    /// The model.
+    pub graph: &'a Graph,
+    /// Its atoms.
+    pub atoms: &'a Atoms,
     /// The first position of each layer of the model.
-    pub(super) layers: Vec<usize>,
+    pub layers: Vec<usize>,
     costs: &'a dyn CostModel,
     /// By position: what it reads.
     reads: Vec<Vec<Read>>,
@@ -28,9 +32,11 @@ pub(super) struct Line<'a> {
 
 /// Nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Times {
-    pub(super) forward: u64,
-    pub(super) backward: u64,
+pub struct Times {
+    /// Of the forward.
+    pub forward: u64,
+    /// Of the backward.
+    pub backward: u64,
 }
 
 /// A value that a position reads.
@@ -45,31 +51,31 @@ struct Read {
 
 /// The memory that a part of the line takes, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Sizes {
+pub struct Sizes {
     /// Parameters, buffers and constants.
-    pub(super) state: u64,
+    pub state: u64,
     /// Parameters that are trained.
-    pub(super) trained: u64,
+    pub trained: u64,
     /// What autograd keeps.
-    pub(super) saved: Affine,
+    pub saved: Affine,
     /// Values from before it.
-    pub(super) received: Affine,
+    pub received: Affine,
     /// Values that something behind it reads.
-    pub(super) sent: Affine,
+    pub sent: Affine,
     /// The operators that need most to run: of the part that grows with rows, and of the other.
     working: [Affine; 2],
 }
 
 impl Sizes {
     /// What the largest operator needs to run.
-    pub(super) fn working(&self, rows: u64) -> u64 {
+    pub fn working(&self, rows: u64) -> u64 {
         self.working[0].at(rows).max(self.working[1].at(rows))
     }
 }
 
-impl<'a> Line<'a> {
-    pub(super) fn new(graph: &'a Graph, costs: &'a dyn CostModel) -> Self {
-        let atoms = Atoms::new(graph);
+impl<'a> Sequence<'a> {
+    /// Looks at every operator once.
+    pub fn new(graph: &'a Graph, atoms: &'a Atoms, costs: &'a dyn CostModel) -> Self {
         let mut before: Vec<Option<usize>> = vec![None; graph.values().len()];
         let mut reads = Vec::new();
         let mut made = Vec::new();
@@ -102,16 +108,27 @@ impl<'a> Line<'a> {
             largest
         });
         let working = working.collect();
-        let layers = layer_starts(graph, &atoms);
+        let layers = layer_starts(graph, atoms);
         Self { graph, atoms, layers, costs, reads, made, working, elapsed: RefCell::default() }
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// How many positions there are.
+    pub fn len(&self) -> usize {
         self.atoms.len()
     }
 
+    /// Whether any part may be computed again: no operator writes to what outlives the step.
+    pub fn is_repeatable(&self) -> bool {
+        written_storages(self.graph).iter().all(|storage| !storage.external)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.atoms.is_empty()
+    }
+
     /// The times of all operators before each position, at `rows` rows.
-    pub(super) fn elapsed(&self, rows: u64) -> Rc<Vec<Times>> {
+    pub fn elapsed(&self, rows: u64) -> Rc<Vec<Times>> {
         let mut known = self.elapsed.borrow_mut();
         let sums = known.entry(rows).or_insert_with(|| {
             let mut sums = vec![Times::default()];
@@ -129,7 +146,7 @@ impl<'a> Line<'a> {
     }
 
     /// The times of a part of the line.
-    pub(super) fn times(&self, part: &Range<usize>, rows: u64) -> Times {
+    pub fn times(&self, part: &Range<usize>, rows: u64) -> Times {
         let elapsed = self.elapsed(rows);
         let (start, end) = (elapsed[part.start], elapsed[part.end]);
         Times { forward: end.forward - start.forward, backward: end.backward - start.backward }
@@ -140,7 +157,7 @@ impl<'a> Line<'a> {
     /// # Complexity
     ///
     /// Linear in what is read and made between the first and the last bound.
-    pub(super) fn sizes(&self, bounds: &[usize]) -> Vec<Sizes> {
+    pub fn sizes(&self, bounds: &[usize]) -> Vec<Sizes> {
         let start = bounds[0];
         let is_new = |earlier: Option<usize>| earlier.is_none_or(|earlier| earlier < start);
         let mut sizes = Sizes::default();
@@ -177,7 +194,7 @@ impl<'a> Line<'a> {
 
     /// At most `count` units of similar time, cut where few bytes cross, as positions of their ends
     /// from 0 to the end of the line.
-    pub(super) fn units(&self, count: usize, rows: u64) -> Vec<usize> {
+    pub fn units(&self, count: usize, rows: u64) -> Vec<usize> {
         let mut bounds: Vec<usize> = self.layers.clone();
         bounds.push(self.len());
         if (count / 4..=count).contains(&self.layers.len()) {

@@ -1,44 +1,51 @@
-//! Planners that give every stage equally many devices.
+//! Pipelines with equally many devices for every stage.
 
 use std::ops::RangeInclusive;
+use std::rc::Rc;
 
-use super::Setting;
-use super::line::Line;
-use super::proposal::{Assessor, Order, Proposal, Recompute, SCHEDULES};
+use super::{Assessor, Order, Proposal, Sequence};
 
-/// How the line is cut.
+/// How the operators are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cut {
+pub enum Cut {
     /// Equally many operators, or equally many layers.
     EqualCounts,
+    /// The least time of the slowest stage, between layers.
+    LayerTime,
     /// The least time of the slowest stage, between operators.
     OperatorTime,
-    /// The least time of the slowest stage, between layers or between operators.
-    AnyTime,
+}
+
+impl Cut {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::EqualCounts, Self::LayerTime, Self::OperatorTime];
 }
 
 /// Every number of stages that divides the devices, with every number of microbatches, schedule, way
-/// to compute again, and order of ranks.
-pub(super) fn proposals(assessor: &Assessor, cut: Cut) -> Vec<Proposal> {
-    let Setting { cluster, .. } = assessor.setting;
-    let num_devices = cluster.devices.len();
+/// to compute again, and order of ranks; without those that surely take longer than `most_ns` or too
+/// much memory.
+pub fn regular(assessor: &Assessor, cut: Cut, most_ns: u64) -> Vec<Proposal> {
+    let setting = assessor.setting;
+    let num_devices = setting.options.num_devices;
     let mut found = Vec::new();
-    for stages in (1..=num_devices).filter(|stages| num_devices.is_multiple_of(*stages)) {
+    for stages in setting.stage_counts().filter(|&stages| assessor.may_fit(stages)) {
         let replicas = num_devices / stages;
-        for microbatches in assessor.setting.microbatches(replicas) {
+        let ranks = Order::ALL.map(|order| Rc::new(order.ranks(stages, replicas)));
+        for microbatches in setting.microbatches(replicas) {
+            if assessor.least_ns(stages, replicas, microbatches) > most_ns {
+                continue;
+            }
             let rows = assessor.rows(microbatches, replicas);
-            for starts in divisions(assessor.line, cut, stages, rows) {
-                for schedule in SCHEDULES {
-                    for recompute in Recompute::ALL {
-                        for order in Order::ALL {
-                            found.push(Proposal {
-                                starts: starts.clone(),
-                                ranks: order.ranks(stages, replicas),
-                                microbatches,
-                                schedule,
-                                recompute,
-                            });
-                        }
+            for starts in divisions(assessor.line, cut, stages, rows).into_iter().map(Rc::new) {
+                for &schedule in &setting.options.schedules {
+                    for &recompute in setting.recompute() {
+                        found.extend(ranks.iter().map(|ranks| Proposal {
+                            starts: Rc::clone(&starts),
+                            ranks: Rc::clone(ranks),
+                            microbatches,
+                            schedule,
+                            recompute,
+                        }));
                     }
                 }
             }
@@ -47,13 +54,12 @@ pub(super) fn proposals(assessor: &Assessor, cut: Cut) -> Vec<Proposal> {
     found
 }
 
-fn divisions(line: &Line, cut: Cut, stages: usize, rows: u64) -> Vec<Vec<usize>> {
+fn divisions(line: &Sequence, cut: Cut, stages: usize, rows: u64) -> Vec<Vec<usize>> {
     let operators: Vec<usize> = (0..line.len()).collect();
-    let time = |bounds: &[usize]| balanced(line, bounds, stages, rows);
     let found = match cut {
         Cut::EqualCounts => [equal(&operators, stages), equal(&line.layers, stages)],
-        Cut::OperatorTime => [time(&operators), None],
-        Cut::AnyTime => [time(&line.layers), time(&operators)],
+        Cut::LayerTime => [balanced(line, &line.layers, stages, rows), None],
+        Cut::OperatorTime => [balanced(line, &operators, stages, rows), None],
     };
     found.into_iter().flatten().collect()
 }
@@ -66,7 +72,7 @@ fn equal(units: &[usize], stages: usize) -> Option<Vec<usize>> {
 
 /// The division into stages whose slowest takes the least time: bisection over that time, with a
 /// greedy check.
-fn balanced(line: &Line, units: &[usize], stages: usize, rows: u64) -> Option<Vec<usize>> {
+fn balanced(line: &Sequence, units: &[usize], stages: usize, rows: u64) -> Option<Vec<usize>> {
     if stages > units.len() {
         return None;
     }

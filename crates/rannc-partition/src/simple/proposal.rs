@@ -1,4 +1,4 @@
-//! A plan as earlier planners describe it, a quick estimate of what it costs, and its form as a candidate.
+//! A plan as simple rules describe it, a quick estimate of what it costs, and its form as a candidate.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -7,18 +7,13 @@ use std::rc::Rc;
 
 use rannc_cost::{Cluster, ScheduleKind};
 use rannc_graph::{Affine, NodeId};
-use rannc_partition::{Candidate, StageCandidate};
 
-use super::Setting;
-use super::line::{Line, Sizes, Times};
-
-/// The schedules that earlier planners know.
-pub(super) const SCHEDULES: [ScheduleKind; 2] =
-    [ScheduleKind::FillDrain, ScheduleKind::OneForwardOneBackward];
+use super::{Sequence, Setting, Sizes, Times};
+use crate::{Candidate, StageCandidate};
 
 /// What a stage computes again in backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Recompute {
+pub enum Recompute {
     /// Nothing.
     Nothing,
     /// Each layer from its inputs.
@@ -28,34 +23,43 @@ pub(super) enum Recompute {
 }
 
 impl Recompute {
-    pub(super) const ALL: [Self; 3] = [Self::Nothing, Self::Layers, Self::Stages];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Nothing, Self::Layers, Self::Stages];
 }
 
 /// Stages as parts of the line, on ranks.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Proposal {
+pub struct Proposal {
     /// The first position of each stage.
-    pub(super) starts: Vec<usize>,
+    pub starts: Rc<Vec<usize>>,
     /// The ranks of each stage, ascending.
-    pub(super) ranks: Vec<Vec<u32>>,
-    pub(super) microbatches: u64,
-    pub(super) schedule: ScheduleKind,
-    pub(super) recompute: Recompute,
+    pub ranks: Rc<Vec<Vec<u32>>>,
+    /// Into how many parts the batch is cut.
+    pub microbatches: u64,
+    /// In which order they run.
+    pub schedule: ScheduleKind,
+    /// The same for all stages.
+    pub recompute: Recompute,
 }
 
 /// Prices proposals without a simulation.
-pub(super) struct Assessor<'a> {
-    pub(super) line: &'a Line<'a>,
-    pub(super) setting: &'a Setting<'a>,
+pub struct Assessor<'a> {
+    /// The operators.
+    pub line: &'a Sequence<'a>,
+    /// What is asked for.
+    pub setting: &'a Setting<'a>,
     sizes: RefCell<BTreeMap<Vec<usize>, Rc<Vec<Sizes>>>>,
     /// By layer: what it keeps for later ones, summed over the layers before.
     kept_by_layers: Vec<Affine>,
     /// By layer: what autograd keeps in it.
     saved_by_layer: Vec<Affine>,
+    /// Of the whole model.
+    whole: Sizes,
 }
 
 impl<'a> Assessor<'a> {
-    pub(super) fn new(line: &'a Line<'a>, setting: &'a Setting<'a>) -> Self {
+    /// Looks at every layer once.
+    pub fn new(line: &'a Sequence<'a>, setting: &'a Setting<'a>) -> Self {
         let mut kept_by_layers = vec![Affine::default()];
         let mut saved_by_layer = Vec::new();
         let ends = line.layers.iter().skip(1).copied().chain([line.len()]);
@@ -64,16 +68,33 @@ impl<'a> Assessor<'a> {
             kept_by_layers.push(kept_by_layers[kept_by_layers.len() - 1] + sizes.sent);
             saved_by_layer.push(sizes.saved);
         }
-        Self { line, setting, sizes: RefCell::default(), kept_by_layers, saved_by_layer }
+        let whole = line.sizes(&[0, line.len()])[0];
+        Self { line, setting, sizes: RefCell::default(), kept_by_layers, saved_by_layer, whole }
+    }
+
+    /// Whether so many stages have room for all parameters with what belongs to them.
+    pub(super) fn may_fit(&self, stages: usize) -> bool {
+        let trained = u128::from(self.whole.trained);
+        let factor = u128::from(self.setting.options.training.optimizer_state_factor_ppm);
+        let bytes = u128::from(self.whole.state) + trained + trained * factor / 1_000_000;
+        bytes <= u128::from(self.setting.memory_limit_bytes) * stages as u128
+    }
+
+    /// A time that no step of so many stages with so many replicas each is estimated below.
+    pub(super) fn least_ns(&self, stages: usize, replicas: usize, microbatches: u64) -> u64 {
+        let rows = self.rows(microbatches, replicas);
+        let times = self.times(&(0..self.line.len()), rows, Recompute::Nothing);
+        let all = times.forward.saturating_add(times.backward);
+        (all / stages as u64).saturating_mul(microbatches - 1).saturating_add(all)
     }
 
     /// The most rows that one of `replicas` sees at a time.
-    pub(super) fn rows(&self, microbatches: u64, replicas: usize) -> u64 {
-        self.setting.batch_rows.div_ceil(microbatches).div_ceil(replicas as u64)
+    pub fn rows(&self, microbatches: u64, replicas: usize) -> u64 {
+        self.setting.options.batch_rows.div_ceil(microbatches).div_ceil(replicas as u64)
     }
 
     /// The memory of a stage with some microbatches in flight.
-    pub(super) fn bytes(
+    pub fn bytes(
         &self,
         part: &Range<usize>,
         sizes: &Sizes,
@@ -93,7 +114,7 @@ impl<'a> Assessor<'a> {
                 (kept, saved.map(|saved| saved.at(rows)).max().unwrap_or(0))
             }
         };
-        let factor = u128::from(self.setting.training.optimizer_state_factor_ppm);
+        let factor = u128::from(self.setting.options.training.optimizer_state_factor_ppm);
         let optimizer = u128::from(sizes.trained) * factor / 1_000_000;
         let exchanged = sizes.received.at(rows).saturating_add(sizes.sent.at(rows));
         let parts = [
@@ -116,7 +137,7 @@ impl<'a> Assessor<'a> {
     }
 
     /// Forward and backward of a stage.
-    pub(super) fn times(&self, part: &Range<usize>, rows: u64, recompute: Recompute) -> Times {
+    pub fn times(&self, part: &Range<usize>, rows: u64, recompute: Recompute) -> Times {
         let mut times = self.line.times(part, rows);
         if recompute != Recompute::Nothing {
             times.backward = times.backward.saturating_add(times.forward);
@@ -124,12 +145,21 @@ impl<'a> Assessor<'a> {
         times
     }
 
+    /// The proposals that fit by their estimated step time, each once, the shortest first.
+    pub fn ranked(&self, proposals: Vec<Proposal>) -> Vec<(u64, Proposal)> {
+        let assess = |proposal| Some((self.assess(&proposal)?, proposal));
+        let mut fitting: Vec<(u64, Proposal)> = proposals.into_iter().filter_map(assess).collect();
+        fitting.sort_unstable();
+        fitting.dedup();
+        fitting
+    }
+
     /// The estimated step time, or none if it does not fit in memory or there are too few rows.
-    pub(super) fn assess(&self, proposal: &Proposal) -> Option<u64> {
+    pub fn assess(&self, proposal: &Proposal) -> Option<u64> {
         let cluster = self.setting.cluster;
         let parts = self.parts(&proposal.starts);
         let sizes = self.sizes_of(&proposal.starts);
-        let microbatch = self.setting.batch_rows / proposal.microbatches;
+        let microbatch = self.setting.options.batch_rows / proposal.microbatches;
         let (mut slowest, mut sum, mut reduction) = (0_u64, 0_u64, 0_u64);
         for (index, (part, sizes)) in parts.iter().zip(sizes.iter()).enumerate() {
             let ranks = &proposal.ranks[index];
@@ -173,8 +203,8 @@ impl<'a> Assessor<'a> {
     }
 
     /// The proposal in the form that the planner's simulator takes.
-    pub(super) fn candidate(&self, proposal: &Proposal, estimate_ns: u64) -> Candidate {
-        let stages = self.parts(&proposal.starts).into_iter().zip(&proposal.ranks);
+    pub fn candidate(&self, proposal: &Proposal, estimate_ns: u64) -> Candidate {
+        let stages = self.parts(&proposal.starts).into_iter().zip(proposal.ranks.iter());
         let stages = stages.map(|(part, ranks)| StageCandidate {
             nodes: self.line.atoms.stage(self.line.graph, part.clone()),
             ranks: ranks.clone(),
@@ -212,7 +242,7 @@ impl<'a> Assessor<'a> {
 }
 
 /// Microbatches between forward and backward in the stage with this number from the end, from 1.
-pub(super) fn in_flight(proposal: &Proposal, from_end: usize) -> u64 {
+fn in_flight(proposal: &Proposal, from_end: usize) -> u64 {
     if proposal.schedule == ScheduleKind::FillDrain {
         proposal.microbatches
     } else {
@@ -222,7 +252,7 @@ pub(super) fn in_flight(proposal: &Proposal, from_end: usize) -> u64 {
 
 /// How replicas of equally many stages lie in the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Order {
+pub enum Order {
     /// The replicas of a stage are neighbours.
     ReplicasTogether,
     /// The stages of a pipeline are neighbours.
@@ -230,10 +260,11 @@ pub(super) enum Order {
 }
 
 impl Order {
-    pub(super) const ALL: [Self; 2] = [Self::ReplicasTogether, Self::StagesTogether];
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::ReplicasTogether, Self::StagesTogether];
 
     /// The ranks of `stages` stages with `replicas` replicas each.
-    pub(super) fn ranks(self, stages: usize, replicas: usize) -> Vec<Vec<u32>> {
+    pub fn ranks(self, stages: usize, replicas: usize) -> Vec<Vec<u32>> {
         let rank = |stage: usize, replica: usize| match self {
             Self::ReplicasTogether => (stage * replicas + replica) as u32,
             Self::StagesTogether => (replica * stages + stage) as u32,
@@ -244,7 +275,7 @@ impl Order {
 }
 
 /// Nodes and devices in each; everything in one node if the nodes are unequal.
-pub(super) fn nodes(cluster: &Cluster) -> (usize, usize) {
+pub fn nodes(cluster: &Cluster) -> (usize, usize) {
     let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
     for device in &cluster.devices {
         *counts.entry(device.node).or_default() += 1;

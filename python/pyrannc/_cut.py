@@ -28,12 +28,15 @@ class Part:
         extras: names of the further arguments: `rows`, `row_share`, `denominator_0`...
         state: qualified names of the parameters, buffers and constants it reads.
         denominator_dtypes: types of the denominators among the extras.
+        written: qualified names of the buffers that it writes to: it is given copies of these, as
+            its last arguments.
     """
 
     module: fx.GraphModule
     extras: list[str]
     state: list[str]
     denominator_dtypes: dict[str, torch.dtype]
+    written: list[str]
 
 
 def cut(
@@ -67,6 +70,11 @@ def cut(
     extras = [node for node in placeholders if node in needed or node.name in always]
     for node in extras:
         copier.argument(node)
+    attributes = [node for node in needed if node.op == "get_attr" and is_value(node)]
+    buffers = [node for node in attributes if not _is_parameter(source, node)]
+    written = _written_inputs(buffers, needed)
+    for node in written:
+        copier.argument(node)
     for node in _written_inputs(inputs, needed):
         copier.clone(node)
     for part in recompute:
@@ -74,9 +82,9 @@ def cut(
     for node in [*(needed if only is None else only), *wanted]:
         copier.copy(node)
     module = copier.module(wanted, name)
-    state = [str(node.target) for node in needed if node.op == "get_attr" and is_value(node)]
+    state, names = [[str(node.target) for node in nodes] for nodes in (attributes, written)]
     dtypes = {node.name: node.meta["example"].dtype for node in extras if "example" in node.meta}
-    return Part(module, [node.name for node in extras], state, dtypes)
+    return Part(module, [node.name for node in extras], state, dtypes, names)
 
 
 class _Copier:
@@ -102,7 +110,7 @@ class _Copier:
 
     def announce(self, members: Sequence[fx.Node], wanted: Iterable[fx.Node]) -> None:
         """Has these operators become one call whose values are computed again in backward."""
-        group = _Group.of(members, set(wanted))
+        group = _Group.of(members, set(wanted), given=set(self._copies))
         self._groups.update(dict.fromkeys(group.members, group))
 
     def copy(self, node: fx.Node) -> None:
@@ -159,14 +167,15 @@ class _Group:
     outputs: list[fx.Node]
 
     @classmethod
-    def of(cls, operators: Sequence[fx.Node], wanted: set[fx.Node]) -> _Group:
+    def of(cls, operators: Sequence[fx.Node], wanted: set[fx.Node], given: set[fx.Node]) -> _Group:
         members: dict[fx.Node, None] = {}
         for node in operators:
             members[node] = None
             if not is_value(node):
                 members.update(dict.fromkeys(outputs_of(node)))
         read = dict.fromkeys(node for member in members for node in member.all_input_nodes)
-        inputs = [node for node in read if node not in members and node.op != "get_attr"]
+        outside = [node for node in read if node not in members]
+        inputs = [node for node in outside if node.op != "get_attr" or node in given]
         outputs = [
             node
             for node in members
@@ -222,6 +231,10 @@ def _written_inputs(inputs: list[fx.Node], needed: Iterable[fx.Node]) -> list[fx
         shared = node.meta.get("aliases", node.all_input_nodes)
         origin[node] = set().union(*(origin.get(item, set()) for item in shared))
     return [node for node in inputs if node in written]
+
+
+def _is_parameter(source: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(_attribute(source, str(node.target)), torch.nn.Parameter)
 
 
 def _attribute(module: torch.nn.Module, path: str) -> object:

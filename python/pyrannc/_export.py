@@ -20,7 +20,7 @@ from ._culprit import CustomBackward, Sites, Tracker
 from ._flat import module_path
 from ._lazy import compiled_when_called
 from ._repeats import RealNeededError, traced_once
-from ._side_effects import HostRandom, Snapshot
+from ._side_effects import Snapshot
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._structure import Structure, flatten
 from .errors import CaptureError
@@ -82,7 +82,7 @@ class FlatModel(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Calls the model."""
         args, kwargs = self._arguments.build(tensors)
-        before, numbers = Snapshot(self.model), HostRandom()
+        before = Snapshot(self.model)
         try:
             results, _, structure = flatten(
                 self.model(*args, **kwargs), drop_unknown=True, root="result"
@@ -90,7 +90,6 @@ class FlatModel(torch.nn.Module):
             before.keep_buffers()
         finally:
             self._noted.changed = before.restore()
-            self._noted.drawn_by = numbers.drawn_by
         self._noted.results = structure
         return tuple(results)
 
@@ -98,11 +97,6 @@ class FlatModel(torch.nn.Module):
     def changed(self) -> list[str]:
         """Plain attributes of modules that the last forward changed."""
         return self._noted.changed or []
-
-    @property
-    def drawn_by(self) -> str | None:
-        """Who drew random numbers, other than torch, in the last forward."""
-        return self._noted.drawn_by
 
     @property
     def results(self) -> Structure:
@@ -116,7 +110,6 @@ class _Noted:
 
     results: Structure | None = None
     changed: list[str] | None = None
-    drawn_by: str | None = None
 
 
 def export(
@@ -238,12 +231,6 @@ class _Exporter:
     def _tell_changes(self) -> None:
         for name in self._flat.changed:
             _log.warning("`%s` changes in forward; captured, it is a constant", name)
-        if self._flat.drawn_by is not None:
-            _log.warning(
-                "forward draws from `%s`; captured, what it drew first is drawn always: "
-                "draw with `torch.rand`, and choose with `torch.where`",
-                self._flat.drawn_by,
-            )
 
     def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
         return [

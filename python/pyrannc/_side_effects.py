@@ -7,9 +7,6 @@ the exporter's tensors must not stay on the user's model.
 
 from __future__ import annotations
 
-import random
-import sys
-
 import torch
 
 _PLAIN = (bool, int, float, str)
@@ -51,26 +48,3 @@ class Snapshot:
             module._buffers.clear()
             module._buffers.update(buffers)
         return changed
-
-
-class HostRandom:
-    """The random numbers that Python and NumPy draw; a graph cannot draw them."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._numpy = _numpy_state()
-
-    @property
-    def drawn_by(self) -> str | None:
-        """Who drew since."""
-        if random.getstate() != self._python:
-            return "random"
-        return None if _numpy_state() == self._numpy else "numpy.random"
-
-
-def _numpy_state() -> tuple[bytes, int] | None:
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    _, keys, position, *_ = numpy.random.get_state()
-    return keys.tobytes(), position

@@ -31,7 +31,7 @@ def set_dropout(module: fx.GraphModule, *, enabled: bool) -> None:
             _set(node, 4, "dropout_p", 0.0)
 
 
-def _set(node: fx.Node, position: int, name: str, value: object) -> None:
+def _set(node: fx.Node, position: int, name: str, value: float) -> None:
     if position < len(node.args):
         node.update_arg(position, value)
     else:

@@ -16,10 +16,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from . import _slices
 from ._buckets import buckets
+from .batch_norm import Companions
+from .buffers import BufferUpdates
 from .errors import ExecutionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.autograd.graph import GradientEdge
 
@@ -56,6 +58,8 @@ class Step:
         denominators: what the rewritten mean losses divide by, summed over all ranks.
         training: whether a backward may follow.
         seed: what its random numbers come from.
+        buffers: what becomes of the buffers.
+        companions: who runs the same microbatch of a stage, where the stage has to know.
         slots: tensors in assembly.
         gradients: this step's gradients of the local parameters, by name.
     """
@@ -64,6 +68,8 @@ class Step:
     denominators: Sequence[torch.Tensor]
     training: bool
     seed: int = 0
+    buffers: BufferUpdates = field(default_factory=BufferUpdates)
+    companions: Mapping[tuple[int, int], list[int]] = field(default_factory=dict)
     slots: dict[Slot, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     _owned: set[Slot] = field(default_factory=set)
@@ -144,8 +150,11 @@ class Executor:
             inputs[value] = tensor
         row_share = action.rows / max(step.total_rows, 1)
         drawn = self.streams.of(step.seed, action.stage, action.microbatch)
+        written = step.buffers.begin(stage)
+        self._meet(action, step)
         with torch.set_grad_enabled(step.training), drawn:
-            outputs = stage(inputs, action.rows, row_share, step.denominators)
+            outputs = stage(inputs, action.rows, row_share, step.denominators, written)
+        step.buffers.end(action.stage, stage, written, action.rows)
         if step.training:
             roots = {
                 value: get_gradient_edge(tensor)
@@ -156,8 +165,16 @@ class Executor:
         for value, tensor in outputs.items():
             step.slots[action.value_slot(value)] = tensor.detach()
 
+    def _meet(self, action: Action, step: Step) -> None:
+        """Tells the stage's batch norms with whom they normalise."""
+        ranks = step.companions.get((action.stage, action.microbatch))
+        for norm in self.stages[action.stage].norms:
+            together = norm.synchronized and ranks is not None
+            norm.companions = Companions(self.comm, ranks or []) if together else None
+
     def _backward(self, action: Action, step: Step) -> None:
         stage = self.stages[action.stage]
+        self._meet(action, step)  # what is recomputed
         state = step._in_flight.pop((action.stage, action.microbatch))
         roots, seeds = [], []
         for value, root in state.roots.items():

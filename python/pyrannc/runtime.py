@@ -21,8 +21,11 @@ from ._core import Slot
 from ._form import Form
 from ._structure import flatten
 from .accumulation import Accumulation, Reduction
+from .batch_norm import capturable_norms, place_part_norms
+from .buffers import Registered
 from .capture import Captured, batch_size, capture, input_signature
 from .comm import Communicator
+from .companions import companions, synchronized_stages
 from .dropout import set_dropout
 from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
@@ -131,6 +134,7 @@ class Runtime:
             print(config.report())
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
+        self._registered = Registered(model)
         self._variants = Variants()
         self.dropout: bool | None = None
         self._elsewhere: list[torch.nn.Parameter] = []
@@ -175,17 +179,35 @@ class Runtime:
         program = variant.program(
             arrival.rows, gather=self.gather, training=arrival.training, reduce=reduce
         )
+        step.companions = self._companions(variant, program)
         for value, tensor in zip(variant.graph.inputs, inputs, strict=True):
             step.slots[Slot.source(value)] = tensor.detach()
         if program.fused:
             self._seed_with_ones(variant, step)
         variant.executor.run(program.forward(self.comm.rank), step)
+        with self.comm.guard("bringing buffers together"):
+            ranks = [stage.ranks for stage in variant.placement.stages]
+            step.buffers.finish(self.comm, variant.executor.stages, ranks)
         outputs = self._outputs(variant, step)
         if arrival.training:
             inner = [not tensor.is_leaf for tensor in given]
             finish = _Finish(self, variant, program, step, arrival, inner, reduced=reduce)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
+
+    def _companions(
+        self, variant: Variant, program: _core.Program
+    ) -> dict[tuple[int, int], list[int]]:
+        """Who normalises together; all ranks know of all, and are here together."""
+        if not variant.talking:
+            return {}
+        found = variant.companions.get(id(program))
+        if found is None:
+            together = companions(program, self.comm.world_size, variant.talking)
+            self.comm.create_groups(sorted(together.values()))
+            found = (program, together)
+            variant.companions.put(id(program), found)
+        return found[1]
 
     def _arrive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Arrival]:
         """Tells the other ranks what this one was called with, and hears what they were."""
@@ -196,6 +218,7 @@ class Runtime:
             hooks.check_parameter_hooks(self.local_parameters())
             signature = input_signature(args, kwargs)
             rows = batch_size(flatten((args, kwargs))[0])
+            self._registered.take_over()
         except Exception as error:  # raised below, after the others know
             problem = error
         training = torch.is_grad_enabled()
@@ -257,7 +280,7 @@ class Runtime:
             logger.info("%s", self.plan.report())
         placement = self.plan.place(graph)
         self.holders = state.Holders(self.comm, dict(placement.holders))
-        self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
+        self._create_groups(placement)
         self._take_part()
         self._divide(placement)
         self._keep(kind, self._build(captured, graph, placement))
@@ -333,7 +356,7 @@ class Runtime:
                 captured, graph = self._capture(args, kwargs, arrival)
             placement = self.plan.place(graph)
             self._check_holders(placement)
-            self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
+            self._create_groups(placement)
             variant = self._build(captured, graph, placement)
             self._keep(kind, variant)
         return variant
@@ -355,6 +378,11 @@ class Runtime:
             kind = dataclasses.replace(kind, mode=dataclasses.replace(kind.mode, form=form))
         self._variants.add(kind, variant)
 
+    def _create_groups(self, placement: _core.Placement) -> None:
+        """Groups for gradients, and for what the replicas of a stage tell each other."""
+        self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
+        self.comm.create_groups([stage.ranks for stage in placement.stages])
+
     def _check_holders(self, placement: _core.Placement) -> None:
         """Refuses a variant in which a rank would need parameters that are elsewhere."""
         trained = {n: r for n, r in placement.holders.items() if n in self.parameters}
@@ -372,11 +400,13 @@ class Runtime:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], arrival: Arrival
     ) -> tuple[Captured, _core.Graph]:
         def work() -> tuple[Captured, _core.Graph]:
-            with streams.undisturbed(self.comm.device), guards.lifted():
+            quiet = streams.undisturbed(self.comm.device)
+            with quiet, guards.lifted(), capturable_norms():
                 captured = capture(self.model, args, kwargs)
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
                     captured = capture(self.model, *whole)
+            place_part_norms(captured.module, self.model)
             if self.dropout is not None:
                 set_dropout(captured.module, enabled=self.dropout)
             captured.move_to(self.comm.device)
@@ -409,7 +439,9 @@ class Runtime:
         replicas = {i: placement.stages[i].ranks.index(self.comm.rank) for i in stages}
         own = streams.Streams(self.comm.device, replicas, captured.draws)
         executor = Executor(self.comm, stages, graph.values, groups, self.sharding, own)
-        return Variant(captured, graph, placement, executor, Reduction.of(executor, placement))
+        reduction = Reduction.of(executor, placement)
+        talking = synchronized_stages(captured, placement)
+        return Variant(captured, graph, placement, executor, reduction, talking)
 
     def _denominators(
         self, variant: Variant, inputs: Sequence[torch.Tensor], arrival: Arrival

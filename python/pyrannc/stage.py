@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._cut import Part, cut
+from .batch_norm import norms_of
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .capture import Captured
 
@@ -23,6 +24,8 @@ class StageModule:
         outputs: ids of the values it gives.
         parameters: the user's own parameters that it uses, by qualified name.
         buffers: the buffers that it uses, and tensors that capture found in the model's code.
+        written: those of the buffers that it writes to.
+        norms: its batch norms that see parts of the batch.
         module: the operators.
     """
 
@@ -32,6 +35,8 @@ class StageModule:
         self.module = part.module
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.buffers: dict[str, torch.Tensor] = {}
+        self.written: dict[str, torch.Tensor] = {}
+        self.norms = norms_of(part.module)
         self._extras = part.extras
         self._denominator_dtypes = part.denominator_dtypes
 
@@ -41,6 +46,7 @@ class StageModule:
         rows: int,
         row_share: float = 1.0,
         denominators: Sequence[torch.Tensor] = (),
+        written: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Runs the operators.
 
@@ -49,7 +55,11 @@ class StageModule:
             rows: how many rows of the batch they hold.
             row_share: the part of the whole batch which that is.
             denominators: the whole batch's denominators, see `Captured.denominators`.
+            written: what to write to in place of the buffers of these names; by default copies,
+                so that the buffers stay as they are.
         """
+        if written is None:
+            written = {name: buffer.detach().clone() for name, buffer in self.written.items()}
         extras: list[object] = []
         for name in self._extras:
             if name == "rows":
@@ -59,7 +69,7 @@ class StageModule:
             else:
                 given = denominators[int(name.removeprefix("denominator_"))]
                 extras.append(given.to(self._denominator_dtypes[name]))
-        results = self.module(*(values[value] for value in self.inputs), *extras)
+        results = self.module(*(values[value] for value in self.inputs), *extras, *written.values())
         return dict(zip(self.outputs, results, strict=True))
 
 
@@ -103,4 +113,7 @@ def build_stage(
             stage.parameters[name] = tensor
         else:
             stage.buffers[name] = tensor
+    stage.written = {name: stage.buffers[name] for name in part.written}
+    for norm in stage.norms:
+        norm.seen = None  # a profile may have run it
     return stage

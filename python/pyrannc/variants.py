@@ -132,13 +132,27 @@ def _some(names: list[str], most: int = 3) -> str:
 
 @dataclass(slots=True)
 class Variant:
-    """The model as captured for one mode and one kind of input, laid out by the plan."""
+    """The model as captured for one mode and one kind of input, laid out by the plan.
+
+    Attributes:
+        captured: the model as a graph.
+        graph: what the planner knows of it.
+        placement: the plan applied to it.
+        executor: runs this rank's part.
+        reduction: adds up gradients that accumulated.
+        talking: the stages whose replicas talk while they compute.
+        companions: by a program's identity the program, and who runs what together in it.
+    """
 
     captured: Captured
     graph: _core.Graph
     placement: _core.Placement
     executor: Executor
     reduction: Reduction
+    talking: frozenset[int]
+    companions: Recent[int, tuple[_core.Program, dict[tuple[int, int], list[int]]]] = field(
+        default_factory=lambda: Recent(_MOST_PROGRAMS)
+    )
     _programs: Recent[tuple[tuple[int, ...], bool, bool, bool], _core.Program] = field(
         default_factory=lambda: Recent(_MOST_PROGRAMS)
     )

@@ -4,8 +4,6 @@ call the model is captured once."""
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -348,16 +346,3 @@ def many_lengths() -> None:
 
 def test_few_of_many_lengths_are_kept(pools: Pools) -> None:
     pools.run(2, many_lengths)
-
-
-def test_draws_of_python_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    class Layerdrop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x) if random.random() < 2 else x
-
-    runtime.capture(copy.deepcopy(Layerdrop()), (torch.randn(4, 3),))
-    assert "forward draws from `random`" in caplog.text

@@ -1,0 +1,357 @@
+"""Buffers after a step are those of one device, on every replica of their stage."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyrannc
+from pyrannc.companions import companions
+from tests.gloo.pool import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.gloo.pool import Pools
+
+pytestmark = [pytest.mark.gloo]
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+Ranks = tuple[tuple[int, ...], ...]
+
+
+def config(stages: int, microbatches: int) -> pyrannc.Config:
+    return pyrannc.Config(
+        partition_num=stages,
+        pipeline_num=microbatches,
+        measure=False,
+        profile_cache_dir="off",
+        timeout_s=40,
+    )
+
+
+class First(nn.Module):
+    """Starts with a batch norm: its input is the same, however the batch is divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, momentum=0.3)
+        self.instance = nn.InstanceNorm2d(3, track_running_stats=True)
+        self.body = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.norm(x).square() + self.norm(x * 2) + self.instance(x)
+        return self.head(torch.relu(self.body(seen)).mean((2, 3)))
+
+
+class Counting(nn.Module):
+    """Counts its calls, reads the count before and after, and keeps what is not saved."""
+
+    calls: Tensor
+    heat: Tensor
+    flag: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.middle = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("heat", torch.ones(3), persistent=False)
+        self.register_buffer("flag", torch.tensor([False, True]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x)) * (self.calls + 1)
+        if self.training:
+            self.calls += 1
+            self.flag.logical_not_()
+        x = torch.tanh(self.middle(x * self.calls)) * self.heat[0].clone()
+        if self.training:
+            self.heat.mul_(0.5)
+        return self.last(x) * self.heat.sum()
+
+
+class Synchronized(nn.Module):
+    """Batch norms in two places, over the rows of all replicas if `sync`."""
+
+    def __init__(self, *, sync: bool = True) -> None:
+        super().__init__()
+        norm = nn.SyncBatchNorm if sync else nn.BatchNorm1d
+        self.layers = nn.Sequential(
+            nn.Linear(4, 6), norm(6), nn.Tanh(), nn.Linear(6, 6), norm(6, affine=False), nn.Tanh(),
+            nn.Linear(6, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def pictures(rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 3, 6, 6, generator=generator, dtype=torch.float64) * 3 + 1
+
+
+def vectors(rows: int, seed: int) -> Tensor:
+    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make(module: Any, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return module(**kwargs).double()
+
+
+def wrap(model: nn.Module, ranks: Ranks, microbatches: int, folder: str, batch: Tensor) -> Any:
+    """The model with these replicas of each stage."""
+    path, settings = Path(folder) / "deployment.json", config(len(ranks), microbatches)
+    planned = pyrannc.RaNNCModule(copy.deepcopy(model), config=settings)
+    planned(batch)
+    planned.save_deployment(path)
+    planned.undeploy()
+    if pyrannc.get_rank() == 0:
+        plan = json.loads(path.read_text())
+        plan.pop("estimates", None)
+        for stage, own in zip(plan["stages"], ranks, strict=True):
+            stage["ranks"] = list(own)
+        path.write_text(json.dumps(plan))
+    pyrannc.barrier()
+    return pyrannc.RaNNCModule(model, load_deployment=path, config=settings)
+
+
+def buffers_of_steps(
+    name: str, ranks: Ranks, rows: Sequence[Sequence[int]], microbatches: int, folder: str
+) -> dict[str, Tensor]:
+    """Trains and evaluates; compares all buffers with those of the bare model on one device."""
+    module, batch = {"first": (First, pictures), "counting": (Counting, vectors)}[name]
+    bare, model, rank = make(module), make(module), pyrannc.get_rank()
+    wrapped = wrap(model, ranks, microbatches, folder, batch(max(rows[0][rank], 1), 0))
+    for step, shares in enumerate(rows):
+        whole = batch(sum(shares), step)
+        start = sum(shares[:rank])
+        local = whole[start : start + shares[rank]]
+        expected, given = bare(whole), wrapped(local)
+        if name == "counting":
+            torch.testing.assert_close(given, expected[start : start + len(local)], **EXACT)
+            model.heat.add_(1)  # the user's own changes count
+            bare.heat.add_(1)
+        given.square().mean().backward()
+        with torch.no_grad():
+            bare(whole), wrapped(local)  # training mode, without gradients
+        held = dict(model.named_buffers())
+        own = [n for n in held if rank in wrapped._runtime.holders.ranks.get(n, ())]
+        for key in own:
+            torch.testing.assert_close(held[key], bare.get_buffer(key), **EXACT, msg=key)
+    state = wrapped.state_dict()
+    if rank == 0:
+        for key, value in bare.state_dict().items():
+            if key in dict(bare.named_buffers()):
+                torch.testing.assert_close(state[key], value, **EXACT)
+    wrapped.undeploy()
+    return {key: held[key].clone() for key in own}
+
+
+WAYS = [
+    (((0,),), ((8,), (3,)), 1),
+    (((0,),), ((8,), (3,)), 4),
+    (((0, 1),), ((4, 4), (1, 0)), 2),
+    (((0,), (1,)), ((4, 4), (2, 1)), 2),
+]
+MORE_WAYS = [
+    (((0,), (1, 2, 3)), ((4, 4, 4, 4), (3, 1, 2, 1)), 2),
+    (((0, 1, 2), (3,)), ((4, 4, 4, 4), (1, 0, 0, 0)), 4),
+    (((0, 1, 2, 3),), ((4, 4, 4, 4), (3, 0, 2, 1)), 1),
+    (((0, 1), (2,), (3,)), ((4, 4, 4, 4), (3, 1, 2, 1)), 4),
+]
+
+
+def check_buffers(pools: Pools, name: str, way: Any, folder: Any) -> None:
+    ranks, rows, microbatches = way
+    held = pools.run(len(rows[0]), buffers_of_steps, name, ranks, rows, microbatches, str(folder))
+    assert any(held)
+    for one, other in itertools.combinations(held, 2):
+        for key in one.keys() & other.keys():
+            assert torch.equal(one[key], other[key])  # all replicas have the same
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["first", "counting"])
+def test_buffers_are_those_of_one_device(pools: Pools, name: str, way: Any, tmp_path: Any) -> None:
+    check_buffers(pools, name, way, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", MORE_WAYS, ids=str)
+@pytest.mark.parametrize("name", ["first", "counting"])
+def test_buffers_are_those_of_one_device_in_more_ways(
+    pools: Pools, name: str, way: Any, tmp_path: Any
+) -> None:
+    if name == "counting" and len(way[0]) > 2:
+        return  # each buffer with all that touches it lies in one stage: there are but two
+    check_buffers(pools, name, way, tmp_path)
+
+
+def synchronized(ranks: Ranks, rows: Sequence[int], folder: str) -> None:
+    bare, model, rank = make(Synchronized, sync=False), make(Synchronized), pyrannc.get_rank()
+    whole = vectors(sum(rows), 1)
+    start = sum(rows[:rank])
+    local = whole[start : start + rows[rank]]
+    wrapped = wrap(model, ranks, 1, folder, vectors(4, 1))
+    wrapped.eval()(vectors(1, 1))  # the first call is one with rows
+    wrapped.train()
+    for _ in range(2):
+        expected, given = bare(whole), wrapped(local)
+        torch.testing.assert_close(given, expected[start : start + len(local)], **EXACT)
+        weights = torch.arange(1.0, 4.0, dtype=torch.float64)
+        (expected.square() * weights).mean().backward()
+        (given.square() * weights).mean().backward()
+    for name, parameter in bare.named_parameters():
+        gradient = wrapped.get_param_grad(name)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-10, atol=1e-11, msg=name)
+    state = wrapped.state_dict()
+    for name, value in bare.state_dict().items() if rank == 0 else ():
+        torch.testing.assert_close(state[name], value, **EXACT)
+    bare.eval()
+    wrapped.eval()
+    torch.testing.assert_close(wrapped(local), bare(whole)[start : start + len(local)], **EXACT)
+    wrapped.undeploy()
+
+
+SYNC_WAYS: list[tuple[Ranks, tuple[int, ...]]] = [
+    (((0,),), (6,)),
+    (((0, 1),), (4, 3)),
+    (((0, 1),), (5, 0)),
+]
+MORE_SYNC_WAYS: list[tuple[Ranks, tuple[int, ...]]] = [
+    (((0, 1, 2), (3,)), (2, 3, 1, 4)),
+    (((0, 1), (2, 3)), (2, 3, 0, 4)),
+    (((0,), (1, 2, 3)), (1, 1, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "rows"), SYNC_WAYS, ids=str)
+def test_synchronised_norms_see_all_replicas(
+    pools: Pools, ranks: Ranks, rows: tuple[int, ...], tmp_path: Any
+) -> None:
+    pools.run(len(rows), synchronized, ranks, rows, str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "rows"), MORE_SYNC_WAYS, ids=str)
+def test_synchronised_norms_see_all_replicas_in_more_ways(
+    pools: Pools, ranks: Ranks, rows: tuple[int, ...], tmp_path: Any
+) -> None:
+    pools.run(len(rows), synchronized, ranks, rows, str(tmp_path))
+
+
+class Scored(nn.Module):
+    """Returns its loss, so that backward runs among the forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Synchronized()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).square().mean()
+
+
+def pipelined_and_synchronized(ranks: Ranks, rows: Sequence[int], folder: str) -> list[Tensor]:
+    rank = pyrannc.get_rank()
+    wrapped = wrap(make(Scored), ranks, 4, folder, vectors(4, 1))
+    losses = []
+    for step in range(2):
+        loss = wrapped(vectors(rows[rank], 10 * step + rank))
+        loss.backward()
+        losses.append(loss.detach())
+    wrapped.undeploy()
+    return losses
+
+
+def test_microbatches_of_synchronised_replicas_never_hang(pools: Pools, tmp_path: Any) -> None:
+    ways = [(((0, 1),), (4, 1)), (((0, 1),), (3, 6))]
+    for ranks, rows in ways:
+        losses = pools.run(2, pipelined_and_synchronized, ranks, rows, str(tmp_path))
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_microbatches_of_synchronised_stages_never_hang(pools: Pools, tmp_path: Any) -> None:
+    for ranks in [((0, 1), (2, 3)), ((0, 1, 2), (3,)), ((0,), (1, 2, 3))]:
+        for rows in ((4, 4, 4, 4), (3, 2, 5, 1)):
+            outcomes = pools.outcomes(4, pipelined_and_synchronized, ranks, rows, str(tmp_path))
+            if isinstance(outcomes[0], Failure):
+                assert {outcome.kind for outcome in outcomes} == {"PlanError"}
+                assert "would wait for each other" in outcomes[0].message
+            else:
+                assert all(losses == outcomes[0] for losses in outcomes)
+
+
+class Act:
+    """An action of a program, for the check alone."""
+
+    def __init__(self, kind: str, microbatch: int = 0, peer: int = -1) -> None:
+        self.kind, self.microbatch, self.peer, self.stage = kind, microbatch, peer, 0
+        self.slot, self.value = self, 0
+
+    def value_slot(self, value: int) -> Act:
+        return LATE
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or "recv" in (self.kind, getattr(other, "kind", ""))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+LATE = Act("slot")
+
+
+class Acts:
+    """A program, for the check alone."""
+
+    def __init__(self, *ranks: Sequence[Act]) -> None:
+        self.ranks = ranks
+
+    def forward(self, rank: int) -> Sequence[Act]:
+        return self.ranks[rank]
+
+    def backward(self, rank: int) -> Sequence[Act]:
+        del rank
+        return []
+
+
+def test_replicas_that_would_wait_for_each_other_are_refused() -> None:
+    one, two = Act("forward", 0), Act("forward", 1)
+    program: Any = Acts([one, two], [one, two])
+    assert companions(program, 2, {0}) == {(0, 0): [0, 1], (0, 1): [0, 1]}
+    assert companions(program, 2, set()) == {}
+    crossed: Any = Acts([one, two], [two, one])
+    with pytest.raises(pyrannc.errors.PlanError, match="would wait for each other"):
+        companions(crossed, 2, {0})
+    late: Any = Acts([one, Act("send", peer=1)], [Act("recv", peer=0), one])
+    with pytest.raises(pyrannc.errors.PlanError, match="would wait for each other"):
+        companions(late, 2, {0})
+
+
+def replace_a_buffer() -> None:
+    model, bare = make(Counting), make(Counting)
+    wrapped = pyrannc.RaNNCModule(model, config=config(1, 2))
+    for one in (wrapped, bare):
+        one(vectors(4, 1))
+    for one in (model, bare):
+        one.heat = torch.full((3,), 4.0, dtype=torch.float64)
+    torch.testing.assert_close(wrapped(vectors(4, 1)), bare(vectors(4, 1)), **EXACT)
+    torch.testing.assert_close(model.heat, bare.heat)
+    model.heat = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(pyrannc.RaNNCError, match=r"`heat` .* \[5\] .* \[3\]"):
+        wrapped(vectors(4, 1))
+    wrapped.undeploy()
+
+
+def test_a_buffer_may_be_assigned_to(pools: Pools) -> None:
+    pools.run(1, replace_a_buffer)

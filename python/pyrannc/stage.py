@@ -55,11 +55,9 @@ class StageModule:
             rows: how many rows of the batch they hold.
             row_share: the part of the whole batch which that is.
             denominators: the whole batch's denominators, see `Captured.denominators`.
-            written: what to write to in place of the buffers of these names; by default copies,
-                so that the buffers stay as they are.
+            written: what to write to in place of the buffers of these names, by default the
+                buffers themselves.
         """
-        if written is None:
-            written = {name: buffer.detach().clone() for name, buffer in self.written.items()}
         extras: list[object] = []
         for name in self._extras:
             if name == "rows":
@@ -69,7 +67,8 @@ class StageModule:
             else:
                 given = denominators[int(name.removeprefix("denominator_"))]
                 extras.append(given.to(self._denominator_dtypes[name]))
-        results = self.module(*(values[value] for value in self.inputs), *extras, *written.values())
+        targets = self.written if written is None else written
+        results = self.module(*(values[i] for i in self.inputs), *extras, *targets.values())
         return dict(zip(self.outputs, results, strict=True))
 
 

@@ -54,7 +54,8 @@ class _Part:
         found = [attributes.get(name) for name in self._names]
         kinds = [attributes[kind] for kind in _HOOKS]
         if any(kinds):
-            found += [sum(not is_guard(hook) for hook in hooks.values()) for hooks in kinds]
+            counts = [sum(not is_guard(hook) for hook in hooks.values()) for hooks in kinds]
+            found += counts if any(counts) else []  # guards alone are as no hooks
         return found
 
     def changed(self, before: list[Any], now: list[Any]) -> list[str]:

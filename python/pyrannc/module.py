@@ -335,6 +335,27 @@ class RaNNCModule(Wrapper):
         if problem is not None:
             raise problem
 
+    def set_loss_weight(self, weight: float | torch.Tensor) -> float:
+        """Says what this process's loss is a mean over, before its backward; collective.
+
+        A loss computed outside of the model that is a mean over something else than rows (targets
+        that are not ignored, unmasked tokens, summed class weights) counts with this weight among
+        the losses of all processes, in the next backward only.
+
+        Args:
+            weight: how many this process's loss averages over, at least 0: a number or a tensor
+                of one element.
+
+        Returns:
+            This process's share of all weights. The sum over processes of share times loss is the
+            loss of the whole batch.
+
+        Raises:
+            RaNNCError: when no process has a weight above 0, one has a negative one, or losses
+                are sums by `loss_reduction`.
+        """
+        return self._runtime.weigh_loss(float(weight))
+
     def enable_dropout(self, enabled: bool = True) -> None:  # noqa: FBT001 - the original's
         """Switches dropout on or off from the next call on, whatever mode the modules are in.
 

@@ -137,6 +137,7 @@ class Runtime:
         self._registered = Registered(model)
         self._variants = Variants()
         self.dropout: bool | None = None
+        self.weight_share: float | None = None
         self._elsewhere: list[torch.nn.Parameter] = []
         self._whole: set[int] = set()
         self._guards: guards.Guards | None = None
@@ -424,7 +425,8 @@ class Runtime:
         if not graph.splittable and self.comm.rank == 0:
             logger.warning(
                 "the batch cannot be split, so every step runs as one microbatch on one replica: "
-                "%s",
+                "%s. If that belongs to the loss, have the model return what the loss needs, "
+                "compute it outside, and state with `loss_reduction` how it reduces over rows",
                 graph.unsplittable_reason,
             )
         return captured, graph
@@ -511,6 +513,22 @@ class Runtime:
             else:
                 parameter.grad.add_(gradient)
 
+    def weigh_loss(self, weight: float) -> float:
+        """Has the next backward weigh this rank's loss so among all ranks' losses; collective."""
+        told = torch.tensor([weight, 0.0], dtype=torch.float64)
+        told[1] = float(not weight >= 0 or self.loss_reduction == "sum")
+        with self.comm.guard("adding up the weights of the losses"):
+            total, refused = self.comm.all_reduce(told.to(self.comm.device)).tolist()
+        if refused or total == 0:
+            found = 'with `loss_reduction="sum"`' if self.loss_reduction == "sum" else f"{weight}"
+            raise RaNNCError(
+                f"the weight of a loss is {found} here and {total} in all, needed numbers of at "
+                'least 0, of which one is more, and `loss_reduction="mean"`',
+                hint="give the number of what this process's loss is a mean over",
+            )
+        self.weight_share = weight / total
+        return self.weight_share
+
     def close(self) -> None:
         """Leaves the other ranks. Local parameters keep their values."""
         self.closed = True
@@ -539,6 +557,7 @@ class _Finish:
     inner: list[bool]
     reduced: bool
     done: bool = False
+    weight_share: float | None = None
 
     def attach(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Makes ``outputs`` require gradients, with this step's backward behind them."""
@@ -577,6 +596,7 @@ class _Finish:
                 "backward once",
             )
         self.done = True
+        self.weight_share, self.runtime.weight_share = self.runtime.weight_share, None
         scale = seeds[0] if self.program.fused else None
         if scale is None:
             for value, seed in zip(values, seeds, strict=True):
@@ -597,15 +617,19 @@ class _Finish:
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
         """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
         share = self._share(value)
+        if share == 0:  # a mean of nothing, whose gradient may be no number
+            return torch.zeros_like(seed, memory_format=torch.contiguous_format)
         return seed.contiguous() if share == 1 else seed * share
 
     def _share(self, value: int) -> float:
         """What a mean over this rank's rows counts for in the mean over all."""
         info = self.variant.executor.values[value]
         rows = self.arrival.rows[self.runtime.comm.rank]
-        if info.transport != "split" or self.runtime.loss_reduction == "sum" or rows == 0:
+        if info.transport != "split" or self.runtime.loss_reduction == "sum":
             return 1
-        return rows / self.arrival.total
+        if self.weight_share is not None:
+            return self.weight_share
+        return 1 if rows == 0 else rows / self.arrival.total
 
     def _input_gradient(
         self, value: int, scale: torch.Tensor | None, *, inner: bool
@@ -623,7 +647,7 @@ class _Finish:
             rank = self.runtime.comm.rank
             return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)
         gradient = gradient if scale is None else gradient * scale
-        return gradient / self._share(value) if inner else gradient
+        return gradient / (self._share(value) or 1) if inner else gradient
 
 
 class _Boundary(torch.autograd.Function):

@@ -1,0 +1,183 @@
+"""A loss and its gradients are on every process those of one device with the whole batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pyrannc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gloo.pool import Pools
+
+pytestmark = [pytest.mark.gloo]
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def config(stages: int, microbatches: int) -> pyrannc.Config:
+    return pyrannc.Config(
+        partition_num=stages,
+        pipeline_num=microbatches,
+        measure=False,
+        profile_cache_dir="off",
+        timeout_s=40,
+    )
+
+
+def masked_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    mask = labels >= 0
+    losses = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+    return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
+def pretraining(logits: Tensor, labels: Tensor) -> Tensor:
+    """As BERT's: masked tokens, and one class for each row."""
+    masked = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1)
+    return masked + 0.5 * F.cross_entropy(logits[:, 0, :2], labels[:, 0] % 2)
+
+
+def weighted(logits: Tensor, labels: Tensor) -> Tensor:
+    weight = torch.arange(1.0, 6.0, dtype=logits.dtype)
+    return 2 + F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), weight, ignore_index=-1, label_smoothing=0.1
+    )
+
+
+def balanced(logits: Tensor, labels: Tensor) -> Tensor:
+    """As in mixtures of experts: a product of means over tokens, which is no sum."""
+    chosen = logits.softmax(-1)
+    load = (chosen * (labels >= 0).unsqueeze(-1)).mean((0, 1)) @ chosen.mean((0, 1))
+    return pretraining(logits, labels) + 0.1 * load
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked mean": masked_mean,
+    "pretraining": pretraining,
+    "weighted": weighted,
+    "sum": lambda x, y: (
+        0.1 * F.cross_entropy(x.transpose(1, 2), y, ignore_index=-1, reduction="sum")
+    ),
+    "batchmean": lambda x, y: F.kl_div(
+        x.log_softmax(-1), x.detach().flip(-1).softmax(-1), reduction="batchmean"
+    ),
+    "rows": lambda x, y: x.square().mean((1, 2)).mean(),
+}
+UNSPLITTABLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "root": lambda x, y: x.square().mean().sqrt(),
+    "balanced": balanced,
+}
+
+
+class Scored(nn.Module):
+    """Classes for tokens, and a loss of them."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 6)
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.loss = loss
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = self.body(self.embedding(tokens))
+        return logits if self.loss is None or labels is None else self.loss(logits, labels)
+
+
+def batch(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ever fewer labels from row to row: parts of a batch have different numbers of them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 9, (rows, 4), generator=generator)
+    labels = torch.randint(0, 5, (rows, 4), generator=generator)
+    ignored = torch.rand(rows, 4, generator=generator) < torch.linspace(0, 1, rows)[:, None]
+    labels[ignored] = -1
+    labels[:, 0].clamp_(min=0)
+    return tokens, labels
+
+
+def local(whole: Tensor) -> Tensor:
+    return whole.tensor_split(pyrannc.get_world_size())[pyrannc.get_rank()]
+
+
+def same_gradients(wrapped: Any, bare: nn.Module) -> None:
+    for name, parameter in bare.named_parameters():
+        torch.testing.assert_close(wrapped.get_param_grad(name), parameter.grad, **EXACT)
+
+
+def returned(names: list[str], stages: int, microbatches: int) -> list[bool]:
+    split = []
+    for name in names:
+        loss = {**LOSSES, **UNSPLITTABLE}[name]
+        bare = Scored(loss).double()
+        wrapped: Any = pyrannc.RaNNCModule(
+            Scored(loss).double(), config=config(stages, microbatches)
+        )
+        for rows in (8, 5):
+            tokens, labels = batch(rows, rows)
+            bare.zero_grad()
+            wrapped.zero_grad()
+            expected, given = bare(tokens, labels), wrapped(local(tokens), local(labels))
+            torch.testing.assert_close(given, expected, **EXACT)
+            (3 * expected).backward()
+            (3 * given).backward()
+            same_gradients(wrapped, bare)
+        split.append(wrapped.deployment.microbatches > 1)
+        wrapped.undeploy()
+    return split
+
+
+def test_returned_losses_are_those_of_the_whole_batch(pools: Pools) -> None:
+    assert all(pools.run(2, returned, list(LOSSES), 2, 4, seconds=100)[0])
+
+
+def test_what_is_no_sum_is_computed_at_once(pools: Pools) -> None:
+    assert not any(pools.run(2, returned, list(UNSPLITTABLE), 2, 0)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "stages", "microbatches"), [(1, 1, 4), (4, 2, 2), (4, 1, 2)])
+def test_returned_losses_in_every_way(
+    pools: Pools, world: int, stages: int, microbatches: int
+) -> None:
+    pools.run(world, returned, list(LOSSES), stages, microbatches, seconds=150)
+
+
+def outside(stages: int) -> None:
+    bare = Scored(None).double()
+    wrapped: Any = pyrannc.RaNNCModule(Scored(None).double(), config=config(stages, 2))
+    for rows in (8, 5):
+        tokens, labels = batch(rows, rows)
+        labels[rows // 2 + 1 :] = -1  # the last process has few, or none
+        bare.zero_grad()
+        wrapped.zero_grad()
+        own = local(labels)
+        expected = F.cross_entropy(bare(tokens).transpose(1, 2), labels, ignore_index=-1)
+        given = F.cross_entropy(wrapped(local(tokens)).transpose(1, 2), own, ignore_index=-1)
+        share = wrapped.set_loss_weight((own >= 0).sum())
+        expected.backward()
+        given.backward()
+        same_gradients(wrapped, bare)
+        counted = given.detach() * share if share else torch.zeros_like(given)
+        total = wrapped._runtime.comm.all_reduce(counted.clone().detach())
+        torch.testing.assert_close(total, expected.detach(), **EXACT)
+    with pytest.raises(pyrannc.RaNNCError, match="needed numbers of at least 0"):
+        wrapped.set_loss_weight(0)
+    with pytest.raises(pyrannc.RaNNCError, match="needed numbers of at least 0"):
+        wrapped.set_loss_weight(-1.0 if pyrannc.get_rank() else 2.0)
+    wrapped.undeploy()
+    summed: Any = pyrannc.RaNNCModule(
+        Scored(None).double(), loss_reduction="sum", config=config(stages, 2)
+    )
+    with pytest.raises(pyrannc.RaNNCError, match='loss_reduction="sum"'):
+        summed.set_loss_weight(1)
+    summed.undeploy()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_losses_outside_of_the_model_are_weighted(pools: Pools, stages: int) -> None:
+    pools.run(2, outside, stages)

@@ -196,11 +196,12 @@ class Placement:
         """
         The ranks that hold each parameter and buffer that a stage uses, by name.
         """
-    def program(self, /, rows: SupportsGetItem[int, SupportsIndex], *, gather: bool, training: bool, reduce: bool = True) -> Program:
+    def program(self, /, rows: SupportsGetItem[int, SupportsIndex], *, gather: bool, training: bool, reduce: bool = True, seeded: bool = True) -> Program:
         """
         Every rank's actions for a batch with these rows per rank, checked.
 
-        In training, gradients are added up between ranks unless `reduce` is false.
+        In training, gradients are added up between ranks unless `reduce` is false, and backward waits
+        for the caller's gradients unless `seeded`, where the plan allows it.
         """
     def reduction(self, /) -> Program:
         """

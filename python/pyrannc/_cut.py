@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from ._autocast import no_weight_cache
 from ._flat import is_value, operator_of, outputs_of, written_arguments
 from .errors import CaptureError
 
@@ -195,7 +196,8 @@ class Recomputed(torch.nn.Module):
         """Runs the operators."""
         if not torch.is_grad_enabled():
             return self.inner(*args)
-        return checkpoint(self.inner, *args, use_reentrant=False)
+        with no_weight_cache():
+            return checkpoint(self.inner, *args, use_reentrant=False)
 
 
 def _needed(

@@ -16,6 +16,7 @@ from torch import fx
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
+from ._autocast import no_autocast
 from ._culprit import CustomBackward, Sites, Tracker
 from ._flat import module_path
 from ._lazy import compiled_when_called
@@ -262,7 +263,7 @@ class _Exporter:
 
     def _observe(self, tensors: list[torch.Tensor], rows: int) -> None:
         other = max(2, rows // 2) if rows >= 4 else 2 * rows
-        with _no_autocast():
+        with no_autocast():
             self.sites.observe(
                 lambda count: self._flat(*self._copies(tensors, count)), (rows, other)
             )
@@ -323,7 +324,7 @@ def _exported(
     with (
         _quiet(),
         torch.enable_grad(),
-        _no_autocast(),
+        no_autocast(),
         _regions_in_line(),
         compiled_when_called(),
         _without_places(),
@@ -431,13 +432,3 @@ def _without_places() -> Iterator[None]:
         yield
     finally:
         fx.config.do_not_emit_stack_traces = before
-
-
-@contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
-    """Autocast around the model is applied when its operators run, not when they are captured."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield

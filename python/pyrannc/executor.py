@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from . import _slices
+from ._autocast import no_autocast
 from ._buckets import buckets
 from .batch_norm import Companions
 from .buffers import BufferUpdates
@@ -188,7 +189,8 @@ class Executor:
         with _collecting(parameters, step.gradients, seeds, [*state.leaves.values()]), drawn:
             targets = [*state.leaves.values(), *parameters.values()]
             if roots and targets:
-                torch.autograd.backward(roots, seeds, inputs=targets)
+                with no_autocast():  # operators follow the types of their forwards
+                    torch.autograd.backward(roots, seeds, inputs=targets)
         for value, leaf in state.leaves.items():
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             step.slots[action.gradient_slot(value)] = gradient.detach()

@@ -31,6 +31,7 @@ from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
 from .norms import GradientNorm
 from .optimizer import check_element_wise, keep_local, keep_part
+from .scaling import LossScale
 from .sharding import Sharding
 from .stage import build_stage
 from .variants import Kind, Mode, Variant, Variants, holders_beyond
@@ -79,12 +80,14 @@ class Arrival:
         training: whether gradients are wanted.
         delayed: whether they are to stay as each rank has them.
         seed: what the step's random numbers come from.
+        loss_scale: the gradient that the loss is expected to get; 0 while unknown.
     """
 
     rows: tuple[int, ...]
     training: bool
     delayed: bool
     seed: int
+    loss_scale: float
 
     @property
     def total(self) -> int:
@@ -101,12 +104,14 @@ class Runtime:
         holders: which ranks hold each parameter and buffer.
         accumulation: gradients that wait to be added up between ranks.
         norm: the norm of all gradients, once the model is deployed.
+        loss_scale: what losses are scaled by, once the model is deployed.
     """
 
     plan: _core.Plan
     holders: state.Holders
     accumulation: Accumulation
     norm: GradientNorm
+    loss_scale: LossScale
 
     def __init__(
         self,
@@ -177,14 +182,19 @@ class Runtime:
         if variant.executor.streams.needed:
             streams.advance()
         reduce = not (arrival.delayed or self.accumulation.waits)
+        scale = arrival.loss_scale if variant.has_half else 1.0
         program = variant.program(
-            arrival.rows, gather=self.gather, training=arrival.training, reduce=reduce
+            arrival.rows,
+            gather=self.gather,
+            training=arrival.training,
+            reduce=reduce,
+            seeded=scale > 0,
         )
         step.companions = self._companions(variant, program)
         for value, tensor in zip(variant.graph.inputs, inputs, strict=True):
             step.slots[Slot.source(value)] = tensor.detach()
         if program.fused:
-            self._seed_with_ones(variant, step)
+            self._seed(variant, step, scale)
         variant.executor.run(program.forward(self.comm.rank), step)
         with self.comm.guard("bringing buffers together"):
             ranks = [stage.ranks for stage in variant.placement.stages]
@@ -192,7 +202,7 @@ class Runtime:
         outputs = self._outputs(variant, step)
         if arrival.training:
             inner = [not tensor.is_leaf for tensor in given]
-            finish = _Finish(self, variant, program, step, arrival, inner, reduced=reduce)
+            finish = _Finish(self, variant, program, step, arrival, inner, reduce, scale)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
 
@@ -228,14 +238,15 @@ class Runtime:
         digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
         changed = self.sharding.changed
         flags = [int(changed), int(problem is not None)]
-        header = [digest, mode.digest, gradients, rows, streams.seed_now(), *flags]
+        scale = self.loss_scale.to_bits() if self.deployed else 0
+        header = [digest, mode.digest, gradients, rows, streams.seed_now(), scale, *flags]
         with self.comm.guard("comparing the calls of all ranks"):
             headers = self.comm.all_gather_row(header)
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
             self._explain_mismatch(signature, mode, training=training, delayed=delayed)
-        if any(other[5] for other in headers):
+        if any(other[6] for other in headers):
             with self.comm.guard("gathering sharded parameters"):
                 self.sharding.gather()
         all_rows = [other[3] for other in headers]
@@ -243,7 +254,9 @@ class Runtime:
             all_rows = [all_rows[0], *([0] * (self.comm.world_size - 1))]
         if sum(all_rows) == 0:
             raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
-        return signature, Arrival(tuple(all_rows), training, delayed, seed=headers[0][4])
+        seed, scale = headers[0][4:6]
+        loss_scale = LossScale.from_bits(scale)
+        return signature, Arrival(tuple(all_rows), training, delayed, seed, loss_scale)
 
     def _explain_mismatch(
         self, signature: str, mode: Mode, *, training: bool, delayed: bool
@@ -289,6 +302,8 @@ class Runtime:
         self.norm.watch()
         if self.comm.world_size > 1:
             self._guards = guards.Guards(self.model, self.sharding)
+        self.loss_scale = LossScale(self.comm, self.accumulation, self.optimizer)
+        self.loss_scale.watch()
         self.deployed = True
 
     def _capture_to_plan(
@@ -458,12 +473,12 @@ class Runtime:
         with self.comm.guard("adding up the denominators of the loss"):
             return list(self.comm.all_reduce(local).unbind())
 
-    def _seed_with_ones(self, variant: Variant, step: Step) -> None:
+    def _seed(self, variant: Variant, step: Step, scale: float) -> None:
         for value in set(variant.graph.outputs):
             info = variant.executor.values[value]
             if info.requires_grad:
-                one = torch.ones(info.shape(0), dtype=getattr(torch, info.dtype))
-                step.slots[Slot.sink(value, gradient=True)] = one.to(self.comm.device)
+                seed = torch.full(info.shape(0), scale, dtype=getattr(torch, info.dtype))
+                step.slots[Slot.sink(value, gradient=True)] = seed.to(self.comm.device)
 
     def _outputs(self, variant: Variant, step: Step) -> list[torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
@@ -537,6 +552,7 @@ class Runtime:
             self.norm.forget()
         if self._guards is not None and self.whole_here:
             self._guards.remove()
+            self.loss_scale.forget()
         self.comm.close()
 
     @property
@@ -556,6 +572,7 @@ class _Finish:
     arrival: Arrival
     inner: list[bool]
     reduced: bool
+    seeded_with: float
     done: bool = False
     weight_share: float | None = None
 
@@ -597,7 +614,9 @@ class _Finish:
             )
         self.done = True
         self.weight_share, self.runtime.weight_share = self.runtime.weight_share, None
-        scale = seeds[0] if self.program.fused else None
+        if self.variant.has_half:
+            self.runtime.loss_scale.note(float(seeds[0]) if seeds[0].dim() == 0 else 1.0)
+        scale = seeds[0] / self.seeded_with if self.program.fused else None
         if scale is None:
             for value, seed in zip(values, seeds, strict=True):
                 self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)

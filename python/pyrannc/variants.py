@@ -142,6 +142,7 @@ class Variant:
         reduction: adds up gradients that accumulated.
         talking: the stages whose replicas talk while they compute.
         companions: by a program's identity the program, and who runs what together in it.
+        has_half: whether it computes in float16, where gradients that are not scaled vanish.
     """
 
     captured: Captured
@@ -153,19 +154,24 @@ class Variant:
     companions: Recent[int, tuple[_core.Program, dict[tuple[int, int], list[int]]]] = field(
         default_factory=lambda: Recent(_MOST_PROGRAMS)
     )
-    _programs: Recent[tuple[tuple[int, ...], bool, bool, bool], _core.Program] = field(
+    has_half: bool = field(init=False)
+    _programs: Recent[tuple[tuple[int, ...], bool, bool, bool, bool], _core.Program] = field(
         default_factory=lambda: Recent(_MOST_PROGRAMS)
     )
 
+    def __post_init__(self) -> None:
+        """Looks at the types once."""
+        self.has_half = any(value.dtype == "float16" for value in self.executor.values)
+
     def program(
-        self, rows: tuple[int, ...], *, gather: bool, training: bool, reduce: bool
+        self, rows: tuple[int, ...], *, gather: bool, training: bool, reduce: bool, seeded: bool
     ) -> _core.Program:
         """What each rank does with so many rows of each rank."""
-        key = (rows, gather, training, reduce)
+        key = (rows, gather, training, reduce, seeded)
         program = self._programs.get(key)
         if program is None:
             program = self.placement.program(
-                list(rows), gather=gather, training=training, reduce=reduce
+                list(rows), gather=gather, training=training, reduce=reduce, seeded=seeded
             )
             self._programs.put(key, program)
         return program

@@ -159,7 +159,7 @@ def wrap(
     prepare: Callable[[torch.nn.Module], None] = lambda _: None,
 ) -> tuple[pyrannc.RaNNCModule, torch.optim.Optimizer | None]:
     """The case's model, changed by `prepare`, placed as the setup says, and its optimizer."""
-    deployment = _hand_written(chosen, setup, folder) if setup.stage_ranks else None
+    deployment = _hand_written(chosen, setup, folder, prepare) if setup.stage_ranks else None
     model = chosen.make_model()
     prepare(model)
     optimizer = make_optimizer(chosen, model, setup)
@@ -235,10 +235,14 @@ def _finish_step(
     record.input_gradients.append([tensor.grad for tensor in _tensors(inputs)])
 
 
-def _hand_written(chosen: Case, setup: Setup, folder: str) -> str:
+def _hand_written(
+    chosen: Case, setup: Setup, folder: str, prepare: Callable[[torch.nn.Module], None]
+) -> str:
     """The file of a deployment with the stages of a planned one and the replicas of `setup`."""
     path = Path(folder) / "deployment.json"
-    planned = pyrannc.RaNNCModule(chosen.make_model(), config=setup.config(len(setup.stage_ranks)))
+    model = chosen.make_model()
+    prepare(model)
+    planned = pyrannc.RaNNCModule(model, config=setup.config(len(setup.stage_ranks)))
     args, kwargs = local_batch(chosen, setup, 0, setup.rows[0])
     with torch.no_grad():
         planned(*args, **kwargs)

@@ -335,11 +335,26 @@ impl Placement {
     ///
     /// [`PlanError::Schedule`] when the program breaks a rule, which would be a bug.
     pub fn program(&self, rows: Vec<u64>, gather: bool, mode: Mode) -> Result<Program, PlanError> {
-        let batch = Batch { rows, gather, microbatches: self.microbatches };
         let schedule = match mode {
             Mode::Training | Mode::Accumulation => self.training_schedule(),
             Mode::Inference | Mode::Reduction => ScheduleKind::FillDrain,
         };
+        self.program_by(schedule, rows, gather, mode)
+    }
+
+    /// The same with another schedule than the plan's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Placement::program`]; also when the schedule needs a model that returns its loss.
+    pub fn program_by(
+        &self,
+        schedule: ScheduleKind,
+        rows: Vec<u64>,
+        gather: bool,
+        mode: Mode,
+    ) -> Result<Program, PlanError> {
+        let batch = Batch { rows, gather, microbatches: self.microbatches };
         Ok(rannc_schedule::compile(&self.pipeline, &batch, schedule, mode)?)
     }
 

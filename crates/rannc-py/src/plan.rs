@@ -271,23 +271,29 @@ impl Placement {
 
     /// Every rank's actions for a batch with these rows per rank, checked.
     ///
-    /// In training, gradients are added up between ranks unless `reduce` is false.
-    #[pyo3(signature = (rows, *, gather, training, reduce = true))]
+    /// In training, gradients are added up between ranks unless `reduce` is false, and backward waits
+    /// for the caller's gradients unless `seeded`, where the plan allows it.
+    #[pyo3(signature = (rows, *, gather, training, reduce = true, seeded = true))]
     fn program(
         &self,
         rows: Vec<u64>,
         gather: bool,
         training: bool,
         reduce: bool,
+        seeded: bool,
     ) -> PyResult<Program> {
         let mode = match (training, reduce) {
             (false, _) => Mode::Inference,
             (true, true) => Mode::Training,
             (true, false) => Mode::Accumulation,
         };
-        let program = self.placed.program(rows, gather, mode).map_err(raise_plan)?;
-        let fused = training && program.backward.iter().all(Vec::is_empty);
-        let fused = fused && self.placed.training_schedule() == ScheduleKind::OneForwardOneBackward;
+        let schedule = match training && seeded {
+            true => self.placed.training_schedule(),
+            false => ScheduleKind::FillDrain,
+        };
+        let program = self.placed.program_by(schedule, rows, gather, mode).map_err(raise_plan)?;
+        let fused = schedule == ScheduleKind::OneForwardOneBackward
+            && program.backward.iter().all(Vec::is_empty);
         Ok(Program { program, fused })
     }
 

@@ -46,7 +46,7 @@ class RaNNCTrainer(Trainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - its signature
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:

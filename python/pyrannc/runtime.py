@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _core, _slices, elsewhere, guards, hooks, planning, state, streams
+from . import _checkpoints, _core, _slices, elsewhere, guards, hooks, planning, state, streams
 from ._core import Slot
 from ._form import Form
 from ._structure import flatten
@@ -417,7 +417,7 @@ class Runtime:
     ) -> tuple[Captured, _core.Graph]:
         def work() -> tuple[Captured, _core.Graph]:
             quiet = streams.undisturbed(self.comm.device)
-            with quiet, guards.lifted(), capturable_norms():
+            with quiet, guards.lifted(), _checkpoints.telling(), capturable_norms():
                 captured = capture(self.model, args, kwargs)
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import pyrannc
 from tests.gloo.pool import Failure
@@ -85,6 +87,36 @@ def test_random_numbers_are_the_same(pools: Pools, schedule: str, tmp_path: Path
     other = dataclasses.replace(kept, seed=4)
     drawn = pools.run(2, train_with_rannc, "dropout_gpt", other, str(tmp_path))
     assert not torch.equal(drawn[0].outputs[0][0], expected[0].outputs[0][0])
+
+
+class Checkpointed(torch.nn.Module):
+    """Asks for its layer to be computed again."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        self.last = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(self.layer, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_the_model_are_left_to_the_plan(
+    reentrant: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = Checkpointed(reentrant=reentrant).double()
+    model = copy.deepcopy(bare)
+    config = pyrannc.Config(measure=False, profile_cache_dir="off")
+    wrapped = pyrannc.RaNNCModule(model, config=config)
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    for module in (wrapped, bare):
+        module(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    assert "activation checkpoints in the model's forward are left out" in caplog.text
+    wrapped.undeploy()
 
 
 def same(ours: Record, theirs: Record) -> None:

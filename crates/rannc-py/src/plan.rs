@@ -287,9 +287,10 @@ impl Placement {
             (true, true) => Mode::Training,
             (true, false) => Mode::Accumulation,
         };
-        let schedule = match training && seeded {
-            true => self.placed.training_schedule(),
-            false => ScheduleKind::FillDrain,
+        let schedule = if training && seeded {
+            self.placed.training_schedule()
+        } else {
+            ScheduleKind::FillDrain
         };
         let program = self.placed.program_by(schedule, rows, gather, mode).map_err(raise_plan)?;
         let fused = schedule == ScheduleKind::OneForwardOneBackward

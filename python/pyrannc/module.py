@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from . import _core, state
+from . import _core, model_state
 from ._wrapper import Wrapper, check_arguments, check_placement
 from .accumulation import Accumulation
 from .comm import ensure_process_group, get_rank, get_world_size
 from .config import Config
 from .errors import DeploymentError, RaNNCError
+from .meeting import meet
 from .runtime import Runtime
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class RaNNCModule(Wrapper):
         parameter = self._parameter(name)
         if not self._runtime.deployed:
             return parameter.detach().clone()
+        meet(self._runtime.comm, f"model.get_param({name!r})")
         full = self._runtime.holders.everywhere(self._canonical(name), parameter, parameter)
         assert full is not None
         return full
@@ -182,6 +184,7 @@ class RaNNCModule(Wrapper):
         self._runtime.accumulation.refuse("get_param_grad()")
         if not self._runtime.deployed:
             return None if parameter.grad is None else parameter.grad.detach().clone()
+        meet(self._runtime.comm, f"model.get_param_grad({name!r})")
         return self._runtime.holders.everywhere(self._canonical(name), parameter.grad, parameter)
 
     @contextlib.contextmanager
@@ -265,21 +268,14 @@ class RaNNCModule(Wrapper):
             Full tensors on the CPU on rank 0, an empty dictionary on the others; before the first
             call, what the bare model returns.
         """
-        own = self.model.state_dict(*args, **{**kwargs, "keep_vars": True})
-        if not self._runtime.deployed:
+        runtime = self._runtime
+        if not runtime.deployed:
             return self.model.state_dict(*args, **kwargs)
-        holders = self._runtime.holders
-        gathered: dict[int, torch.Tensor | None] = {}
-        names = self._first_names()
-        for tensor in own.values():
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in gathered:
-                gathered[id(tensor)] = holders.on_rank_zero(names.get(id(tensor), ""), tensor)
-        if self._runtime.comm.rank != 0:
-            return {}
-        return {
-            name: gathered[id(item)] if isinstance(item, torch.Tensor) else item
-            for name, item in own.items()
-        }
+        meet(runtime.comm, "model.state_dict()")
+        with runtime.comm.guard("gathering the model's state"):
+            return model_state.gather(
+                self.model, runtime.holders, runtime.tensors(), runtime.sharding, args, kwargs
+            )
 
     def load_state_dict(
         self,
@@ -287,13 +283,15 @@ class RaNNCModule(Wrapper):
         strict: bool = True,  # noqa: FBT001 - torch's signature
         assign: bool = False,  # noqa: FBT001 - torch's signature
     ) -> Any:
-        """Takes this process's part of a full state by the names of the bare model.
+        """Takes this process's part of a full state by the names of the bare model; collective.
 
-        Every process must pass the full state. ``assign`` works before the first call only.
+        Every process must pass the full state. Before the first call it is the bare model's, and
+        what rank 0 has at the first call counts. ``assign`` works only then.
 
         Raises:
-            RuntimeError: when names do not match and ``strict`` is set, as in ``nn.Module``.
-            RaNNCError: when a shape differs; nothing is changed then.
+            RuntimeError: when a shape differs, or names do not match and ``strict`` is set, as in
+                ``nn.Module``, and the same on all processes; nothing is changed then.
+            RaNNCError: for ``assign`` after the first call.
         """
         if not self._runtime.deployed:
             return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
@@ -301,22 +299,16 @@ class RaNNCModule(Wrapper):
             raise RaNNCError(
                 "`assign=True` would replace parameters that are already placed; leave it out"
             )
-        own = self.model.state_dict(keep_vars=True)
-        missing = [name for name in own if name not in state_dict]
-        unexpected = [name for name in state_dict if name not in own]
-        if strict and (missing or unexpected):
-            raise RuntimeError(
-                f"the given state does not match the model: missing {missing or 'nothing'}, "
-                f"unexpected {unexpected or 'nothing'}"
-            )
-        local = {id(p) for p in self._runtime.local_parameters().values()}
-        buffers = {id(b) for b in self._runtime.buffers.values()}
-        first = self._first_names()
-        here = [name for name, t in own.items() if id(t) in local or id(t) in buffers]
-        targets = {first[id(own[name])]: own[name] for name in here}
-        given = {first[id(own[name])]: state_dict[name] for name in here if name in state_dict}
-        state.copy_local(targets, given, self._runtime.holders)
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)  # torch's type
+        runtime = self._runtime
+        meet(runtime.comm, "model.load_state_dict(...)")
+        return model_state.load(
+            self.model,
+            runtime.holders,
+            runtime.tensors(),
+            runtime.sharding,
+            state_dict,
+            strict=strict,
+        )
 
     def save_deployment(self, path: str | PathLike[str]) -> None:
         """Writes the plan as JSON; rank 0 writes, the others wait.
@@ -401,11 +393,6 @@ class RaNNCModule(Wrapper):
                 hint="pass parameters of the model that was wrapped, or of its submodules",
             )
         return [name for identity, name in known.items() if identity in wanted]
-
-    def _first_names(self) -> dict[int, str]:
-        """The name that counts of each parameter and buffer, by its identity."""
-        known = [*self._runtime.parameters.items(), *self._runtime.buffers.items()]
-        return {id(tensor): name for name, tensor in known}
 
     def _canonical(self, name: str) -> str:
         """The first name of a parameter that has several."""

@@ -10,7 +10,7 @@ import torch
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from .state import Division
 
@@ -50,10 +50,18 @@ def keep_part(
     rank: int,
 ) -> None:
     """Cuts what the optimizer keeps for a whole parameter down to the part of ``rank``."""
-    kept = optimizer.state.get(parameter, {})
-    for key, value in kept.items():
-        if isinstance(value, torch.Tensor) and value.shape == division.shape:
-            kept[key] = division.part(value, rank).clone()
+    if parameter in optimizer.state:
+        optimizer.state[parameter] = state_part(optimizer.state[parameter], division, rank)
+
+
+def state_part(entries: Mapping[str, Any], division: Division, rank: int) -> dict[str, Any]:
+    """What an optimizer keeps for the part of ``rank``, of what it keeps for the whole."""
+    return {
+        key: division.part(value, rank).clone()
+        if isinstance(value, torch.Tensor) and key != "step" and value.shape == division.shape
+        else value
+        for key, value in entries.items()
+    }
 
 
 def check_element_wise(optimizer: torch.optim.Optimizer) -> None:

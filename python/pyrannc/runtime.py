@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,8 +28,10 @@ from .companions import companions, synchronized_stages
 from .dropout import set_dropout
 from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
+from .meeting import digest, meet
 from .norms import GradientNorm
-from .optimizer import check_element_wise, keep_local, keep_part
+from .optimizer import check_element_wise, keep_part
+from .optimizer_state import WholeOptimizer
 from .scaling import LossScale
 from .sharding import Sharding
 from .stage import build_stage
@@ -143,6 +144,9 @@ class Runtime:
         self._variants = Variants()
         self.dropout: bool | None = None
         self.weight_share: float | None = None
+        self.whole_optimizer: WholeOptimizer | None = None
+        if optimizer is not None:
+            self.whole_optimizer = WholeOptimizer.of(optimizer, self.parameters)
         self._elsewhere: list[torch.nn.Parameter] = []
         self._whole: set[int] = set()
         self._guards: guards.Guards | None = None
@@ -235,13 +239,10 @@ class Runtime:
         training = torch.is_grad_enabled()
         delayed = training and self.accumulation.delays
         gradients = int(training) + int(delayed)
-        digest = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:7], "big")
-        changed = self.sharding.changed
-        flags = [int(changed), int(problem is not None)]
         scale = self.loss_scale.to_bits() if self.deployed else 0
-        header = [digest, mode.digest, gradients, rows, streams.seed_now(), scale, *flags]
-        with self.comm.guard("comparing the calls of all ranks"):
-            headers = self.comm.all_gather_row(header)
+        flags = [int(self.sharding.changed), int(problem is not None)]
+        header = [digest(signature), mode.digest, gradients, rows, streams.seed_now(), scale]
+        headers = meet(self.comm, "model(...)", [*header, *flags])
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
@@ -278,6 +279,10 @@ class Runtime:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, arrival: Arrival
     ) -> None:
         """Plans on rank 0 and takes this rank's part; see the package's architecture page."""
+        if self.whole_optimizer is None:
+            meet(self.comm, "the first call of the model, without an optimizer")
+        else:
+            self.whole_optimizer.compare(self.comm)
         captured, graph, kind = self._capture_to_plan(args, kwargs, signature, arrival)
         with streams.undisturbed(self.comm.device):
             self.plan = planning.make_plan(
@@ -331,8 +336,8 @@ class Runtime:
                 elsewhere.take_away(tensor)
                 tensor.grad = None
                 self._elsewhere.append(tensor)
-        if self.optimizer is not None:
-            keep_local(self.optimizer, set(self.local_parameters().values()))
+        if self.whole_optimizer is not None:
+            self.whole_optimizer.deploy(self.holders, self.parameters)
 
     def _divide(self, placement: _core.Placement) -> None:
         """Makes parameters that replicas divide this rank's part of them."""
@@ -355,6 +360,12 @@ class Runtime:
             self.parameters.clear()
             self.parameters.update(self.model.named_parameters())
             self.buffers = dict(self.model.named_buffers())
+            if self.optimizer is not None:
+                WholeOptimizer.of(self.optimizer, self.parameters)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of all ranks by the name that counts."""
+        return {**self.parameters, **self.buffers}
 
     def local_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that this rank holds, by name; all of them before deployment."""
@@ -548,6 +559,8 @@ class Runtime:
         """Leaves the other ranks. Local parameters keep their values."""
         self.closed = True
         self._variants.clear()
+        if self.whole_optimizer is not None and self.deployed:
+            self.whole_optimizer.undeploy(self.holders)
         if self.deployed:
             self.norm.forget()
         if self._guards is not None and self.whole_here:

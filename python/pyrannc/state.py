@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import RaNNCError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -147,24 +145,3 @@ def _entries(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     if tensor is None:  # a holder of another part has one: this part of it is zero
         return torch.zeros_like(like)
     return tensor.detach().reshape(-1)
-
-
-def copy_local(
-    target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor], holders: Holders
-) -> None:
-    """Copies whole tensors over the local ones, or parts, of the same names.
-
-    Raises:
-        RaNNCError: when a shape differs, before anything is written.
-    """
-    for name, tensor in target.items():
-        needed = holders.shape(name, tensor)
-        if name in source and source[name].shape != needed:
-            raise RaNNCError(
-                f"`{name}` has shape {list(source[name].shape)} in the given state, "
-                f"but {list(needed)} in the model"
-            )
-    with torch.no_grad():
-        for name, tensor in target.items():
-            if name in source:
-                tensor.copy_(holders.part(name, source[name]))

@@ -1,0 +1,76 @@
+"""Makes sure that all processes are in the same call before they exchange anything for it.
+
+A call that needs every process fails here, with what each of them called, when they do not agree;
+and it fails after the time limit when some never come. What follows can then be sure of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from .errors import MismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .comm import Communicator
+
+_WIDTH = 12  # equal for all calls, so that different ones can meet
+
+
+def meet(comm: Communicator, call: str, numbers: Sequence[int] = ()) -> list[list[int]]:
+    """Waits for all processes to make the same call.
+
+    Args:
+        comm: the connections to them.
+        call: what is called, as a person would write it.
+        numbers: at most 11 to tell the others.
+
+    Returns:
+        Every rank's numbers, by rank.
+
+    Raises:
+        MismatchError: when a process is in another call.
+        ExecutionError: when a process does not come within the time limit.
+    """
+    if comm.world_size == 1:
+        return [list(numbers)]
+    row = [digest(call), *numbers]
+    with comm.guard(call):
+        try:
+            rows = comm.all_gather_row(row + [0] * (_WIDTH - len(row)))
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower():
+                raise
+            raise TimeoutError(
+                f"the other processes did not come to this call within "
+                f"{comm.timeout.total_seconds():g} s; it must be made by all of them together, "
+                "and only what is done with its result belongs under `if get_rank() == 0`"
+            ) from error
+    if any(other[0] != rows[0][0] for other in rows):
+        told = comm.all_gather_objects(call)
+        lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+        raise MismatchError(
+            f"the processes are in different calls, all of which need every process:{lines}",
+            hint="make each of these calls on all processes, in the same order; only what is done "
+            "with the result belongs under `if get_rank() == 0`",
+        )
+    return [other[1 : len(row)] for other in rows]
+
+
+def raise_together(comm: Communicator, problem: Exception | None) -> None:
+    """Raises on every rank the first problem that any rank has; collective.
+
+    Args:
+        comm: the connections to the other ranks.
+        problem: this rank's, which must be picklable.
+    """
+    for found in comm.all_gather_objects(problem):
+        if found is not None:
+            raise found
+
+
+def digest(text: str) -> int:
+    """A number that differs for texts that differ."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

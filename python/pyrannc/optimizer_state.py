@@ -1,0 +1,478 @@
+"""The user's optimizer as a whole: the state that all ranks keep, as the bare optimizer has it.
+
+After deployment an optimizer keeps this rank's parameters only. It stays the user's object; four of
+its methods are replaced on the object itself, so that a pickled or copied optimizer is a plain one:
+``state_dict(from_global=True)`` and ``load_state_dict(..., from_global=True)`` speak of all
+parameters in the order in which the user gave them, and ``add_param_group`` takes parameters of any
+rank. A whole state therefore goes from and to a plain optimizer of the bare model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import MismatchError, RaNNCError
+from .meeting import digest, meet, raise_together
+from .optimizer import keep_local, state_part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from .comm import Communicator
+    from .state import Division, Holders
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The parameters of one group as the user gave them, and their names if there are any."""
+
+    parameters: list[torch.Tensor]
+    names: list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """One deployed model whose parameters the optimizer trains."""
+
+    holders: Holders
+    names: dict[torch.Tensor, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """A tensor that travels by itself."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+class WholeOptimizer:
+    """What the optimizers of all ranks are together.
+
+    Attributes:
+        optimizer: the user's, with this rank's parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Replaces the methods of ``optimizer``; see :meth:`of`."""
+        self.optimizer = optimizer
+        self._names: dict[torch.Tensor, str] = {}
+        self._groups: list[_Group] | None = None  # as before deployment; none: as they are
+        self._models: list[_Model] = []
+        self._plain_state_dict = optimizer.state_dict
+        self._plain_load_state_dict = optimizer.load_state_dict
+        self._plain_add_param_group = optimizer.add_param_group
+        for name in ("state_dict", "load_state_dict", "add_param_group"):
+            setattr(optimizer, name, getattr(self, name))
+
+    @classmethod
+    def of(
+        cls, optimizer: torch.optim.Optimizer, names: Mapping[str, torch.nn.Parameter]
+    ) -> WholeOptimizer:
+        """The one of this optimizer; several models may share an optimizer.
+
+        Args:
+            optimizer: the user's.
+            names: the parameters of a model that it trains, by name.
+        """
+        known = getattr(optimizer.state_dict, "__self__", None)
+        whole = known if isinstance(known, WholeOptimizer) else cls(optimizer)
+        whole._names.update({parameter: name for name, parameter in names.items()})
+        return whole
+
+    # ---- What users call on the optimizer
+
+    def state_dict(self, *args: Any, from_global: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """The optimizer's state.
+
+        Args:
+            *args: as the optimizer's class takes them.
+            from_global: all of it, as the bare model's optimizer would have it: full tensors on the
+                CPU on rank 0, an empty dictionary on the others. Collective. Before the first call
+                of the model, and without ``from_global``: what this process has.
+            **kwargs: as the optimizer's class takes them.
+        """
+        if not from_global or not self._models:
+            return self._plain_state_dict(*args, **kwargs)
+        comm = self._meet("optimizer.state_dict(from_global=True)")
+        with comm.guard("gathering the optimizer's state"):
+            whole = self._gather(comm)
+        if comm.rank != 0:
+            return {}
+        return self._as_whole(whole, args, kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *args: Any, from_global: bool = False, **kwargs: Any
+    ) -> None:
+        """Takes a state.
+
+        Args:
+            state_dict: the state; every process passes the whole if ``from_global``.
+            *args: as the optimizer's class takes them.
+            from_global: whether it is that of all parameters; this process takes its part then.
+                Collective. Before the first call of the model there is no difference, and what rank
+                0 has at the first call counts.
+            **kwargs: as the optimizer's class takes them.
+
+        Raises:
+            RaNNCError: when the state is not one for these parameters; nothing is changed then.
+        """
+        if not from_global:
+            self._plain_load_state_dict(dict(state_dict), *args, **kwargs)
+            return
+        if self._models:
+            comm = self._meet("optimizer.load_state_dict(..., from_global=True)")
+            raise_together(comm, self._problem(state_dict))
+        elif (problem := self._problem(state_dict)) is not None:
+            raise problem
+        self._plain_load_state_dict(self._local(state_dict), *args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of any rank; every process must give the same ones. Collective.
+
+        Raises:
+            RaNNCError: when the processes give different parameters, or one that it has already.
+        """
+        if self._groups is None:
+            self._plain_add_param_group(param_group)
+            return
+        group = _group_of(param_group)
+        comm = self._meet("optimizer.add_param_group(...)")
+        told = comm.all_gather_objects([self._label(p) for p in group.parameters])
+        raise_together(comm, self._problem_to_add(group, told))
+        kept = [self._is_here(parameter) for parameter in group.parameters]
+        local = {**param_group, "params": _only(group.parameters, kept)}
+        if group.names is not None:
+            local["param_names"] = _only(group.names, kept)
+        self._plain_add_param_group(local)
+        self._groups.append(group)
+
+    # ---- What deployment calls
+
+    def deploy(self, holders: Holders, names: Mapping[str, torch.nn.Parameter]) -> None:
+        """Leaves to this rank its parameters of one model, with rank 0's state. Collective.
+
+        Args:
+            holders: who holds the model's parameters.
+            names: the model's parameters by name.
+        """
+        model = _Model(holders, {parameter: name for name, parameter in names.items()})
+        self._groups = self._layout()
+        self._models.append(model)
+        with holders.comm.guard("sending rank 0's optimizer state to where its parameters are"):
+            self._spread(model)
+        elsewhere = {p for p, name in model.names.items() if not holders.is_local(name)}
+        everything = {p for group in self._groups for p in group.parameters}
+        keep_local(self.optimizer, everything - elsewhere)
+
+    def compare(self, comm: Communicator) -> None:
+        """Makes sure that all ranks' optimizers are alike. Collective.
+
+        Raises:
+            MismatchError: when they differ in parameters or options.
+        """
+        told = [
+            f"{type(self.optimizer).__name__} with {_options(options)} for "
+            f"{', '.join(self._label(p) for p in group.parameters)}"
+            for options, group in zip(self.optimizer.param_groups, self._layout(), strict=True)
+        ]
+        rows = meet(comm, "the first call of the model, with an optimizer", [digest(str(told))])
+        if all(row == rows[0] for row in rows):
+            return
+        everyone: list[list[str]] = comm.all_gather_objects(told)
+        pairs = enumerate(zip(*everyone, strict=False))
+        differing = next((index for index, texts in pairs if len({*texts}) > 1), 0)
+        lines = "".join(
+            f"\n  rank {rank}: {len(texts)} groups, {differing}: {texts[differing]}"
+            for rank, texts in enumerate(everyone)
+        )
+        raise MismatchError(
+            f"the processes were given different optimizers:{lines}",
+            hint="build the same optimizer, with the same options, on every process",
+        )
+
+    def undeploy(self, holders: Holders) -> None:
+        """Forgets a model; the state of its parameters can no more be gathered."""
+        self._models = [model for model in self._models if model.holders is not holders]
+
+    def foreign(self) -> list[torch.Tensor]:
+        """Parameters that belong to no deployed model."""
+        return [p for p in self._parameters() if self._model_of(p) is None]
+
+    # ---- The parameters of all ranks
+
+    def _layout(self) -> list[_Group]:
+        return self._groups or [_group_of(group) for group in self.optimizer.param_groups]
+
+    def _parameters(self) -> Iterator[torch.Tensor]:
+        """All parameters, each once, in the user's order."""
+        yield from dict.fromkeys(p for group in self._layout() for p in group.parameters)
+
+    def _model_of(self, parameter: torch.Tensor) -> _Model | None:
+        return next((model for model in self._models if parameter in model.names), None)
+
+    def _is_here(self, parameter: torch.Tensor) -> bool:
+        model = self._model_of(parameter)
+        return model is None or model.holders.is_local(model.names[parameter])
+
+    def _division(self, parameter: torch.Tensor) -> Division | None:
+        model = self._model_of(parameter)
+        return None if model is None else model.holders.divisions.get(model.names[parameter])
+
+    def _shape(self, parameter: torch.Tensor) -> torch.Size:
+        division = self._division(parameter)
+        return parameter.shape if division is None else division.shape
+
+    def _label(self, parameter: torch.Tensor) -> str:
+        return self._names.get(parameter, f"another of shape {list(parameter.shape)}")
+
+    def _meet(self, call: str) -> Communicator:
+        """Makes sure that all ranks are here with the same parameters in the same order."""
+        if not self._models:
+            raise RaNNCError(
+                f"`{call}` needs the other processes, which `undeploy` has left",
+                hint="call it before `undeploy`",
+            )
+        comm = self._models[0].holders.comm
+        labels = digest(str([[self._label(p) for p in g.parameters] for g in self._layout()]))
+        rows = meet(comm, call, [labels])
+        problem = self._problem_of_groups()
+        if any(row != rows[0] for row in rows):
+            problem = MismatchError(
+                "the processes were given optimizers of different parameters",
+                hint="build the same optimizer on every process",
+            )
+        raise_together(comm, problem)
+        return comm
+
+    def _problem_of_groups(self) -> RaNNCError | None:
+        """Whether someone changed the groups behind our back."""
+        wanted = [[p for p in group.parameters if self._is_here(p)] for group in self._layout()]
+        found = [group["params"] for group in self.optimizer.param_groups]
+        if [[id(p) for p in group] for group in wanted] == [[id(p) for p in g] for g in found]:
+            return None
+        return RaNNCError(
+            f"the optimizer's groups have {[len(group) for group in found]} parameters on this "
+            f"process, needed the {[len(group) for group in wanted]} that deployment left there",
+            hint="add parameters with `optimizer.add_param_group`, and take some out before the "
+            "model is called for the first time",
+        )
+
+    # ---- Before the first step
+
+    def _spread(self, model: _Model) -> None:
+        """Gives every holder rank 0's state of its parameters."""
+        comm, state = model.holders.comm, self.optimizer.state
+        here = [p for p in self._parameters() if p in model.names]
+        announced = [{} if p not in state else _announce(state[p]) for p in here]
+        for parameter, entries in zip(here, comm.broadcast_object(announced), strict=True):
+            received = {}
+            for key, entry in entries.items():
+                if not isinstance(entry, _Announced):
+                    received[key] = entry
+                    continue
+                received[key] = entry.empty(comm.device)
+                if comm.rank == 0:
+                    received[key].copy_(state[parameter][key])
+                comm.broadcast(received[key], 0)
+            if received and self._is_here(parameter):
+                state[parameter] = received
+            else:
+                state.pop(parameter, None)
+
+    # ---- Gathering
+
+    def _gather(self, comm: Communicator) -> dict[torch.Tensor, dict[str, Any]]:
+        """By parameter the whole state on rank 0."""
+        parameters = list(self._parameters())
+        own = {
+            index: _announce(self.optimizer.state[parameter])
+            for index, parameter in enumerate(parameters)
+            if self._speaker(parameter) == comm.rank and parameter in self.optimizer.state
+        }
+        announced: dict[int, dict[str, Any]] = {}
+        for part in comm.all_gather_objects(own):
+            announced.update(part)
+        return {
+            parameters[index]: {
+                key: self._bring(parameters[index], key, entry) for key, entry in entries.items()
+            }
+            for index, entries in sorted(announced.items())
+        }
+
+    def _speaker(self, parameter: torch.Tensor) -> int:
+        """The rank whose state counts, or that of the first part."""
+        model = self._model_of(parameter)
+        if model is None:
+            return 0
+        pieces = model.holders.pieces(model.names[parameter], self._shape(parameter).numel())
+        return pieces[0].ranks[0] if pieces else 0
+
+    def _bring(self, parameter: torch.Tensor, key: str, entry: Any) -> Any:
+        """One entry of the state on rank 0."""
+        if not isinstance(entry, _Announced):
+            return entry
+        model = self._model_of(parameter)
+        own = (
+            self.optimizer.state[parameter].get(key) if parameter in self.optimizer.state else None
+        )
+        if model is None:
+            return None if own is None else own.detach().cpu().clone()
+        device = model.holders.comm.device
+        tensor = entry.empty(device) if own is None else own.to(device)
+        return model.holders.on_rank_zero(model.names[parameter], tensor)
+
+    def _as_whole(
+        self,
+        whole: dict[torch.Tensor, dict[str, Any]],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What the optimizer says of itself while it has all parameters and their state."""
+        optimizer = self.optimizer
+        own_groups, own_state = [dict(group) for group in optimizer.param_groups], optimizer.state
+        others = {key: v for key, v in own_state.items() if not isinstance(key, torch.Tensor)}
+        try:
+            for group, given in zip(optimizer.param_groups, self._layout(), strict=True):
+                group["params"] = given.parameters
+                if given.names is not None:
+                    group["param_names"] = given.names
+            optimizer.state = defaultdict(dict, {**whole, **others})
+            return self._plain_state_dict(*args, **kwargs)
+        finally:
+            optimizer.state = own_state
+            for group, own in zip(optimizer.param_groups, own_groups, strict=True):
+                group.update(own)
+
+    # ---- Loading
+
+    def _problem(self, state_dict: Mapping[str, Any]) -> RaNNCError | None:
+        """Why a whole state is not one for these parameters."""
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+            found = list(state_dict) if isinstance(state_dict, dict) else type(state_dict).__name__
+            return RaNNCError(
+                f"the optimizer's state has {found or 'nothing'} in it, needed `state` and "
+                "`param_groups`",
+                hint="`state_dict(from_global=True)` gives the state to rank 0 only; save it there "
+                "and load the file on every process",
+            )
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        needed = [len(group.parameters) for group in self._layout()]
+        if sizes != needed:
+            return RaNNCError(
+                f"the optimizer's state has {sum(sizes)} parameters in groups of {sizes}, but the "
+                f"optimizer {sum(needed)} in groups of {needed}",
+                hint="load the state of an optimizer that was built in the same way, of which "
+                "`state_dict(from_global=True)` gives the whole",
+            )
+        checked = self._states(state_dict) if _keeps_alike(self.optimizer) else ()
+        for parameter, entries in checked:
+            shape = self._shape(parameter)
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor) and not _suits(value, shape):
+                    return RaNNCError(
+                        f"`{key}` of `{self._label(parameter)}` has shape {list(value.shape)} in "
+                        f"the optimizer's state, but the parameter {list(shape)}",
+                        hint="load the state of the same model's optimizer",
+                    )
+        return None
+
+    def _states(
+        self, state_dict: Mapping[str, Any]
+    ) -> Iterator[tuple[torch.Tensor, Mapping[str, Any]]]:
+        for group, given in zip(state_dict["param_groups"], self._layout(), strict=True):
+            for number, parameter in zip(group["params"], given.parameters, strict=True):
+                entries = state_dict["state"].get(number)
+                if isinstance(entries, dict):
+                    yield parameter, entries
+
+    def _local(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a whole state, in the form of a state."""
+        state, groups = dict(state_dict["state"]), []
+        for group, given in zip(state_dict["param_groups"], self._layout(), strict=True):
+            kept = [self._is_here(parameter) for parameter in given.parameters]
+            local = {**group, "params": _only(group["params"], kept)}
+            if "param_names" in group:
+                local["param_names"] = _only(group["param_names"], kept)
+            groups.append(local)
+            for number, parameter, here in zip(
+                group["params"], given.parameters, kept, strict=True
+            ):
+                division = self._division(parameter)
+                if not here:
+                    state.pop(number, None)
+                elif division is not None and number in state:
+                    rank = self._models[0].holders.comm.rank
+                    state[number] = state_part(state[number], division, rank)
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _problem_to_add(self, group: _Group, told: Sequence[Sequence[str]]) -> RaNNCError | None:
+        if any(labels != told[0] for labels in told):
+            lines = "".join(f"\n  rank {rank}: {list(text)}" for rank, text in enumerate(told))
+            return MismatchError(
+                f"the processes add different parameters to the optimizer:{lines}",
+                hint="after the first call `parameters()` has only this process's; give every "
+                "process the same of `named_parameters(from_global=True)`",
+            )
+        known = set(self._parameters())
+        twice = [self._label(p) for p in group.parameters if p in known]
+        if twice:
+            return RaNNCError(
+                f"`{twice[0]}` is in another parameter group of the optimizer already"
+            )
+        return None
+
+
+def _group_of(param_group: Mapping[str, Any]) -> _Group:
+    given = param_group["params"]
+    items = [given] if isinstance(given, torch.Tensor) else list(given)
+    if any(isinstance(item, tuple) for item in items):
+        return _Group([item[1] for item in items], [item[0] for item in items])
+    names = param_group.get("param_names")
+    return _Group(items, None if names is None else list(names))
+
+
+def _announce(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of one parameter's state, with tensors that have dimensions only described."""
+    return {
+        key: _Announced(value.shape, value.dtype)
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+        else value.detach().cpu()
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in entries.items()
+    }
+
+
+def _suits(value: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether an optimizer may keep ``value`` for a parameter of ``shape``.
+
+    It is a number, or as large, or has one entry for all along some dimensions.
+    """
+    if value.dim() == 0:
+        return True
+    return value.dim() == len(shape) and all(
+        size in (1, needed) for size, needed in zip(value.shape, shape, strict=True)
+    )
+
+
+def _keeps_alike(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is known to keep for a parameter only what :func:`_suits`."""
+    ours = type(optimizer).__module__.startswith("torch.optim")
+    return ours and not isinstance(optimizer, torch.optim.LBFGS)
+
+
+def _options(group: Mapping[str, Any]) -> str:
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _only(items: Iterable[Any], kept: Sequence[bool]) -> list[Any]:
+    return [item for item, keep in zip(items, kept, strict=True) if keep]

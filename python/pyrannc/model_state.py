@@ -123,7 +123,7 @@ def _assign(
         What ``load_state_dict`` returned, and by the identity of a parameter or buffer what it
         would have been given.
     """
-    own = [
+    own: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (tensors, dict(tensors))
         for module in model.modules()
         for tensors in (module._parameters, module._buffers)
@@ -138,10 +138,10 @@ def _assign(
     try:
         result = model.load_state_dict(values, strict=strict, assign=True)
         given = {
-            id(tensor): tensors[name].detach()
+            id(tensor): taken.detach()
             for tensors, before in own
             for name, tensor in before.items()
-            if tensor is not None and tensors[name] is not tensor
+            if (taken := tensors[name]) is not None and taken is not tensor
         }
     finally:
         for tensors, before in own:

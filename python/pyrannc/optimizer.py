@@ -27,7 +27,7 @@ _NOT_ELEMENT_WISE = {
 """Optimizers of PyTorch that cannot be shown to work on parts, or only slowly."""
 
 
-def keep_local(optimizer: torch.optim.Optimizer, local: Container[torch.nn.Parameter]) -> None:
+def keep_local(optimizer: torch.optim.Optimizer, local: Container[torch.Tensor]) -> None:
     """Takes every parameter that is not in ``local`` out of the optimizer, with its state.
 
     Groups stay, even empty ones, so that learning-rate schedulers and the user's own code find

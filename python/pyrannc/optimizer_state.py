@@ -99,7 +99,7 @@ class WholeOptimizer:
                 of the model, and without ``from_global``: what this process has.
             **kwargs: as the optimizer's class takes them.
         """
-        if not from_global or not self._models:
+        if not from_global or self._groups is None:
             return self._plain_state_dict(*args, **kwargs)
         comm = self._meet("optimizer.state_dict(from_global=True)")
         with comm.guard("gathering the optimizer's state"):
@@ -127,7 +127,7 @@ class WholeOptimizer:
         if not from_global:
             self._plain_load_state_dict(dict(state_dict), *args, **kwargs)
             return
-        if self._models:
+        if self._groups is not None:
             comm = self._meet("optimizer.load_state_dict(..., from_global=True)")
             raise_together(comm, self._problem(state_dict))
         elif (problem := self._problem(state_dict)) is not None:
@@ -338,7 +338,8 @@ class WholeOptimizer:
         """What the optimizer says of itself while it has all parameters and their state."""
         optimizer = self.optimizer
         own_groups, own_state = [dict(group) for group in optimizer.param_groups], optimizer.state
-        others = {key: v for key, v in own_state.items() if not isinstance(key, torch.Tensor)}
+        kept: dict[Any, Any] = dict(own_state)
+        others = {key: v for key, v in kept.items() if not isinstance(key, torch.Tensor)}
         try:
             for group, given in zip(optimizer.param_groups, self._layout(), strict=True):
                 group["params"] = given.parameters
@@ -432,9 +433,10 @@ class WholeOptimizer:
 
 def _group_of(param_group: Mapping[str, Any]) -> _Group:
     given = param_group["params"]
-    items = [given] if isinstance(given, torch.Tensor) else list(given)
+    items: list[Any] = [given] if isinstance(given, torch.Tensor) else list(given)
     if any(isinstance(item, tuple) for item in items):
-        return _Group([item[1] for item in items], [item[0] for item in items])
+        named: list[tuple[str, torch.Tensor]] = items
+        return _Group([parameter for _, parameter in named], [name for name, _ in named])
     names = param_group.get("param_names")
     return _Group(items, None if names is None else list(names))
 

@@ -112,6 +112,10 @@ class Pools:
         assert not failures, "\n".join(failures)
         return outcomes
 
+    def drop(self, world_size: int) -> None:
+        """Ends a pool whose processes are no longer in step."""
+        self._pools.pop(world_size).close()
+
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()

@@ -1,0 +1,59 @@
+"""Plans with given ranks for the stages of a test's own model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import pyrannc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Layout = tuple[tuple[int, ...], ...]
+"""The ranks of each stage."""
+
+
+def config(stages: int, microbatches: int = 2, timeout_s: float = 40) -> pyrannc.Config:
+    return pyrannc.Config(
+        partition_num=stages,
+        pipeline_num=microbatches,
+        measure=False,
+        profile_cache_dir="off",
+        timeout_s=timeout_s,
+    )
+
+
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows."""
+    return tensor.tensor_split(pyrannc.get_world_size())[pyrannc.get_rank()]
+
+
+def deployment(
+    make: Callable[[], torch.nn.Module], args: tuple[Any, ...], layout: Layout, folder: str
+) -> str:
+    """The file of a plan with these stages; collective.
+
+    Args:
+        make: makes the model.
+        args: this process's batch.
+        layout: the ranks of each stage.
+        folder: where to put the file.
+    """
+    path = Path(folder) / "deployment.json"
+    planned = pyrannc.RaNNCModule(make(), config=config(len(layout)))
+    with torch.no_grad():
+        planned(*args)
+    planned.save_deployment(path)
+    planned.undeploy()
+    if pyrannc.get_rank() == 0:
+        plan = json.loads(path.read_text())
+        plan.pop("estimates", None)
+        for stage, ranks in zip(plan["stages"], layout, strict=True):
+            stage["ranks"] = list(ranks)
+        path.write_text(json.dumps(plan))
+    pyrannc.barrier()
+    return str(path)

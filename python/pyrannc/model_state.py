@@ -45,11 +45,15 @@ def gather(
     Returns:
         Full tensors on the CPU on rank 0, an empty dictionary on the others.
     """
-    kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    left_out = {
+        id(module._buffers.get(name))
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    }
     whole = {
         name: holders.on_rank_zero(name, tensor)
         for name, tensor in tensors.items()
-        if id(tensor) in kept
+        if id(tensor) not in left_out
     }
     if holders.comm.rank != 0:
         return {}

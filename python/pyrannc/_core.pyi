@@ -6,7 +6,7 @@ from _typeshed import SupportsGetItem
 from os import PathLike
 from typing import SupportsFloat, SupportsIndex, final
 
-__all__ = ["Action", "Graph", "PlacedStage", "Placement", "Plan", "Program", "Slot", "ValueInfo", "plan"]
+__all__ = ["Action", "Graph", "PlacedStage", "PlacedUnit", "Placement", "Plan", "Program", "Slot", "ValueInfo", "plan"]
 
 @final
 class Action:
@@ -174,12 +174,44 @@ class PlacedStage:
         Groups of these whose inner values are computed again in backward; each is together in
         `nodes`.
         """
+    @property
+    def units(self, /) -> list[PlacedUnit]:
+        """
+        Its parts, which run one after the other: one, unless gradients or parameters are divided.
+        """
+
+@final
+class PlacedUnit:
+    """
+    A part of a stage that runs by itself, with only its own divided parameters whole.
+    """
+    @property
+    def inputs(self, /) -> list[int]:
+        """
+        Ids of the values it is given.
+        """
+    @property
+    def nodes(self, /) -> list[str]:
+        """
+        Keys of its operators in the order in which they run.
+        """
+    @property
+    def outputs(self, /) -> list[int]:
+        """
+        Ids of the values it hands on to later units or out of the stage.
+        """
 
 @final
 class Placement:
     """
     A plan applied to a graph.
     """
+    @property
+    def divided(self, /) -> dict[str, str]:
+        """
+        What the holders of each divided parameter divide, by its name: `optimizer`, `gradients` or
+        `parameters`.
+        """
     @property
     def gradient_groups(self, /) -> list[tuple[list[int], list[str]]]:
         """
@@ -244,9 +276,10 @@ class Plan:
         """
         The number of stages.
         """
-    def place(self, /, graph: Graph) -> Placement:
+    def place(self, /, graph: Graph, divided: dict[str, str] | None = None) -> Placement:
         """
-        Applies the plan to a graph of its model.
+        Applies the plan to a graph of its model. `divided` is that of the placement in force, if there
+        is one.
         """
     @property
     def predicted_bytes(self, /) -> list[int] | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .comm import Communicator
-    from .stage import StageModule
+    from .stage import Stage
 
 
 @dataclass(slots=True)
@@ -53,13 +53,11 @@ class BufferUpdates:
 
     _means: dict[tuple[int, str], _Mean] = field(default_factory=dict)
 
-    def begin(self, stage: StageModule) -> dict[str, torch.Tensor]:
+    def begin(self, stage: Stage) -> dict[str, torch.Tensor]:
         """Copies for a microbatch that the stage is about to compute."""
         return {name: buffer.detach().clone() for name, buffer in stage.written.items()}
 
-    def end(
-        self, index: int, stage: StageModule, copies: Mapping[str, torch.Tensor], rows: int
-    ) -> None:
+    def end(self, index: int, stage: Stage, copies: Mapping[str, torch.Tensor], rows: int) -> None:
         """Takes in what the stage, by its number, made of the copies for so many rows."""
         for name in _averaged(stage):
             value, key = _plain(copies[name].detach()), (index, name)
@@ -71,7 +69,7 @@ class BufferUpdates:
     def finish(
         self,
         comm: Communicator,
-        stages: Mapping[int, StageModule],
+        stages: Mapping[int, Stage],
         ranks: Sequence[Sequence[int]],
     ) -> None:
         """Gives the buffers their new values; the replicas of a stage do this together.
@@ -87,9 +85,7 @@ class BufferUpdates:
         self._means.clear()
 
     @torch.no_grad()
-    def _finish_stage(
-        self, comm: Communicator, index: int, stage: StageModule, ranks: list[int]
-    ) -> None:
+    def _finish_stage(self, comm: Communicator, index: int, stage: Stage, ranks: list[int]) -> None:
         names = _averaged(stage)
         means = [self._means.get((index, name)) for name in names]
         if len(ranks) == 1 and all(mean is not None and mean.parts == 1 for mean in means):
@@ -159,13 +155,13 @@ def _summed(
     return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def _averaged(stage: StageModule) -> list[str]:
+def _averaged(stage: Stage) -> list[str]:
     """The buffers whose copies are averaged: all but the batch norms'."""
     norms = {name for norm in stage.norms for name in norm.buffers_kept}
     return [name for name in stage.written if name not in norms]
 
 
-def _seen(stage: StageModule, device: torch.device) -> list[torch.Tensor]:
+def _seen(stage: Stage, device: torch.device) -> list[torch.Tensor]:
     return [
         norm.take_seen(stage.written[norm.buffers_kept[0]].numel(), device)
         for norm in stage.norms

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ._core import Action, Slot, ValueInfo
     from .comm import Communicator, Received
     from .sharding import Sharding
-    from .stage import StageModule
+    from .stage import Stage, StageModule
     from .streams import Streams
 
 
@@ -44,7 +44,7 @@ class _Arriving:
 
 @dataclass(slots=True)
 class _InFlight:
-    """What one stage keeps of one microbatch between its forward and its backward."""
+    """What one unit of a stage keeps of one microbatch between its forward and its backward."""
 
     leaves: dict[int, torch.Tensor]
     roots: dict[int, GradientEdge]  # not the tensors: what autograd does not need may go
@@ -75,7 +75,7 @@ class Step:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     _owned: set[Slot] = field(default_factory=set)
     _arriving: dict[Slot, list[_Arriving]] = field(default_factory=dict)
-    _in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)
+    _in_flight: dict[tuple[int, int], list[_InFlight]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Executor:
     """
 
     comm: Communicator
-    stages: dict[int, StageModule]
+    stages: dict[int, Stage]
     values: Sequence[ValueInfo]
     groups: Sequence[tuple[list[int], list[str]]]
     sharding: Sharding
@@ -141,30 +141,60 @@ class Executor:
 
     def _forward(self, action: Action, step: Step) -> None:
         stage = self.stages[action.stage]
+        if action.rows == 0:  # other replicas gather parameters of which this rank has parts
+            for unit in stage.units:
+                with self.sharding.gathered(unit.parameters):
+                    pass
+            return
+        values = {
+            value: self._take_or_zeros(step, action.value_slot(value), action.rows)
+            for value in stage.inputs
+        }
+        in_flight = []
+        written = step.buffers.begin(stage)
+        self._meet(action, step)
+        with self.streams.of(step.seed, action.stage, action.microbatch):
+            for unit, needed in zip(stage.units, stage.needed, strict=True):
+                with self.sharding.gathered(unit.parameters):
+                    state = self._run_unit(unit, values, written, action, step)
+                in_flight.append(state)
+                for value in [value for value in values if value not in needed]:
+                    del values[value]
+        step.buffers.end(action.stage, stage, written, action.rows)
+        if step.training:
+            step._in_flight[action.stage, action.microbatch] = in_flight
+        for value in stage.outputs:
+            step.slots[action.value_slot(value)] = values[value]
+
+    def _run_unit(
+        self,
+        unit: StageModule,
+        values: dict[int, torch.Tensor],
+        written: dict[str, torch.Tensor],
+        action: Action,
+        step: Step,
+    ) -> _InFlight:
         inputs: dict[int, torch.Tensor] = {}
         leaves: dict[int, torch.Tensor] = {}
-        for value in stage.inputs:
-            tensor = self._take_or_zeros(step, action.value_slot(value), action.rows)
+        for value in unit.inputs:
+            tensor = values[value]
             if step.training and self.values[value].requires_grad:
                 tensor = tensor.detach().requires_grad_()
                 leaves[value] = tensor
             inputs[value] = tensor
         row_share = action.rows / max(step.total_rows, 1)
-        drawn = self.streams.of(step.seed, action.stage, action.microbatch)
-        written = step.buffers.begin(stage)
-        self._meet(action, step)
-        with torch.set_grad_enabled(step.training), drawn:
-            outputs = stage(inputs, action.rows, row_share, step.denominators, written)
-        step.buffers.end(action.stage, stage, written, action.rows)
-        if step.training:
-            roots = {
-                value: get_gradient_edge(tensor)
-                for value, tensor in outputs.items()
-                if tensor.requires_grad
-            }
-            step._in_flight[action.stage, action.microbatch] = _InFlight(leaves, roots)
-        for value, tensor in outputs.items():
-            step.slots[action.value_slot(value)] = tensor.detach()
+        with torch.set_grad_enabled(step.training):
+            copies = {name: written[name] for name in unit.written}
+            outputs = unit(inputs, action.rows, row_share, step.denominators, copies)
+        values.update({value: tensor.detach() for value, tensor in outputs.items()})
+        if not step.training:
+            return _InFlight({}, {})
+        roots = {
+            value: get_gradient_edge(tensor)
+            for value, tensor in outputs.items()
+            if tensor.requires_grad
+        }
+        return _InFlight(leaves, roots)
 
     def _meet(self, action: Action, step: Step) -> None:
         """Tells the stage's batch norms with whom they normalise."""
@@ -175,25 +205,78 @@ class Executor:
 
     def _backward(self, action: Action, step: Step) -> None:
         stage = self.stages[action.stage]
+        if action.rows == 0:
+            for unit in reversed(stage.units):
+                with self.sharding.gathered(unit.parameters):
+                    self._add_scattered(self.sharding.scattered(unit.parameters), {}, step)
+            return
         self._meet(action, step)  # what is recomputed
-        state = step._in_flight.pop((action.stage, action.microbatch))
-        roots, seeds = [], []
-        for value, root in state.roots.items():
-            seed = self._take(step, action.gradient_slot(value))
+        in_flight = step._in_flight.pop((action.stage, action.microbatch))
+        gradients: dict[int, torch.Tensor] = {}
+        for value in {value for state in in_flight for value in state.roots}:
+            seed = self._take(step, action.gradient_slot(value)) if value in stage.outputs else None
             if seed is not None:
-                roots.append(root)
-                seeds.append(seed)
-        state.roots.clear()
-        parameters = {name: p for name, p in stage.parameters.items() if p.requires_grad}
+                gradients[value] = seed
+        received = {value: leaf for state in in_flight for value, leaf in state.leaves.items()}
         drawn = self.streams.of(step.seed, action.stage, action.microbatch)  # what is recomputed
-        with _collecting(parameters, step.gradients, seeds, [*state.leaves.values()]), drawn:
-            targets = [*state.leaves.values(), *parameters.values()]
+        with drawn:
+            for unit in reversed(stage.units):
+                with self.sharding.gathered(unit.parameters):
+                    self._differentiate(unit, in_flight.pop(), gradients, step)
+        for value in stage.inputs:
+            if value in received:
+                gradient = gradients.get(value)
+                leaf = received[value]
+                step.slots[action.gradient_slot(value)] = (
+                    torch.zeros_like(leaf) if gradient is None else gradient
+                ).detach()
+
+    def _differentiate(
+        self,
+        unit: StageModule,
+        state: _InFlight,
+        gradients: dict[int, torch.Tensor],
+        step: Step,
+    ) -> None:
+        """Turns the gradients of a unit's outputs into those of its inputs and parameters."""
+        known = [value for value in state.roots if value in gradients]
+        seeds = [gradients.pop(value) for value in known]
+        roots = [state.roots[value] for value in known]
+        state.roots.clear()
+        trained = {name: p for name, p in unit.parameters.items() if p.requires_grad}
+        scattered = self.sharding.scattered(trained)
+        kept = {name: p for name, p in trained.items() if name not in scattered}
+        own: dict[str, torch.Tensor] = {}
+        leaves = [*state.leaves.values()]
+        with (
+            _collecting(kept, step.gradients, seeds, leaves),
+            _collecting(scattered, own, seeds, leaves),
+        ):
+            targets = [*leaves, *trained.values()]
             if roots and targets:
                 with no_autocast():  # operators follow the types of their forwards
                     torch.autograd.backward(roots, seeds, inputs=targets)
+        self._add_scattered(scattered, own, step)
         for value, leaf in state.leaves.items():
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            step.slots[action.gradient_slot(value)] = gradient.detach()
+            if leaf.grad is not None:
+                before = gradients.get(value)
+                gradients[value] = leaf.grad if before is None else before + leaf.grad
+
+    def _add_scattered(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        gradients: dict[str, torch.Tensor],
+        step: Step,
+    ) -> None:
+        """Adds up a unit's gradients between replicas, and keeps this rank's part of the sums."""
+        for name, parameter in parameters.items():
+            if name not in gradients:
+                gradients[name] = torch.zeros_like(parameter)
+        for name, part in self.sharding.scatter(gradients).items():
+            if name in step.gradients:
+                step.gradients[name].add_(part)
+            else:
+                step.gradients[name] = part
 
     def _send(self, action: Action, step: Step) -> None:
         piece = self._piece(step, action)

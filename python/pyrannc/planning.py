@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _core, cluster
-from .errors import DeploymentError, PlanError
+from .errors import PlanError
 from .optimizer import state_bytes_per_parameter_byte
 from .profile import profile
 
@@ -70,7 +70,6 @@ def make_plan(
                 search = _Search(captured, graph, optimizer, batch_rows, config, least_sharding)
                 plan = search.plan(comm, description)
             plan.check(graph, comm.world_size)
-            _refuse_sharding(plan)
             if config.save_deployment:
                 plan.save(config.deployment_file)
             outcome = plan.to_json()
@@ -81,16 +80,6 @@ def make_plan(
         raise outcome
     assert isinstance(outcome, str)
     return _core.Plan.from_json(outcome)
-
-
-def _refuse_sharding(plan: _core.Plan) -> None:
-    for stage, sharding in enumerate(plan.stage_sharding):
-        if sharding not in ("none", "optimizer"):
-            message = (
-                f"stage {stage} of the deployment has the sharding `{sharding}`, but only "
-                "`optimizer` can be run yet: every replica keeps all parameters"
-            )
-            raise DeploymentError(message, "set it to `optimizer` in the file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from .optimizer import check_element_wise, keep_part
 from .optimizer_state import WholeOptimizer
 from .scaling import LossScale
 from .sharding import Sharding
-from .stage import build_stage
+from .stage import Stage
 from .variants import Kind, Mode, Variant, Variants, holders_beyond
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Runtime:
         plan: what was decided.
         comm: the connections to the other ranks.
         holders: which ranks hold each parameter and buffer.
+        divided: what the holders of divided parameters divide, by the parameter's name.
         accumulation: gradients that wait to be added up between ranks.
         norm: the norm of all gradients, once the model is deployed.
         loss_scale: what losses are scaled by, once the model is deployed.
@@ -110,6 +111,7 @@ class Runtime:
 
     plan: _core.Plan
     holders: state.Holders
+    divided: dict[str, str]
     accumulation: Accumulation
     norm: GradientNorm
     loss_scale: LossScale
@@ -341,18 +343,18 @@ class Runtime:
 
     def _divide(self, placement: _core.Placement) -> None:
         """Makes parameters that replicas divide this rank's part of them."""
-        groups = zip(placement.gradient_groups, placement.group_sharding, strict=True)
-        for (ranks, names), level in groups:
-            for name in names if level != "none" else ():
-                division = state.Division(tuple(ranks), self.parameters[name].shape)
-                self.holders.divisions[name] = division
-                if self.holders.is_local(name):
-                    if self.optimizer is not None:
-                        keep_part(self.optimizer, self.parameters[name], division, self.comm.rank)
-                    self.sharding.divide(name, self.parameters[name], division)
-        if self.optimizer is not None and self.holders.divisions:
+        self.divided = placement.divided
+        if self.optimizer is not None and self.divided:
             check_element_wise(self.optimizer)  # also where a loaded deployment asks for it
             self.sharding.watch(self.optimizer)
+        for name, level in self.divided.items():
+            parameter = self.parameters[name]
+            division = state.Division(tuple(self.holders.ranks[name]), parameter.shape)
+            self.holders.divisions[name] = division
+            if self.holders.is_local(name):
+                if self.optimizer is not None:
+                    keep_part(self.optimizer, parameter, division, self.comm.rank)
+                self.sharding.divide(name, parameter, division, level)
 
     def look_again(self) -> None:
         """Takes note of parameters and buffers that the model was given before its first call."""
@@ -381,7 +383,7 @@ class Runtime:
         if variant is None:
             with self._materialized():
                 captured, graph = self._capture(args, kwargs, arrival)
-            placement = self.plan.place(graph)
+            placement = self.plan.place(graph, self.divided)
             self._check_holders(placement)
             self._create_groups(placement)
             variant = self._build(captured, graph, placement)
@@ -459,7 +461,7 @@ class Runtime:
 
     def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
         stages = {
-            index: build_stage(captured, stage.nodes, stage.inputs, stage.outputs, stage.recompute)
+            index: Stage.build(captured, stage)
             for index, stage in enumerate(placement.stages)
             if self.comm.rank in stage.ranks
         }
@@ -515,7 +517,7 @@ class Runtime:
             if not self.holders.is_local(name):
                 elsewhere.bring_back(parameter, full)
         try:
-            with self.sharding.whole():
+            with self.sharding.whole(), self.sharding.shaped(values=needs_values):
                 yield
         finally:
             for parameter in self._elsewhere:

@@ -37,16 +37,30 @@ class _Divided:
     Attributes:
         parameter: the user's.
         division: who has which part.
-        part: this rank's entries, shared with ``whole``.
-        whole: all entries, those of others as they were when they were last gathered.
+        level: what is divided.
+        part: this rank's entries, shared with ``whole`` unless parameters are divided.
+        whole: all entries, those of others as they were when they were last gathered; without
+            memory between the uses if parameters are divided.
         gradient: the part's gradient, while the parameter is whole.
     """
 
     parameter: torch.nn.Parameter
     division: Division
+    level: str
     part: torch.Tensor
     whole: torch.Tensor
     gradient: torch.Tensor | None = None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether this rank keeps all entries."""
+        return self.level != "parameters"
+
+    def take_memory(self) -> None:
+        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+
+    def free_memory(self) -> None:
+        self.whole.untyped_storage().resize_(0)
 
     def become_whole(self) -> None:
         self.gradient, self.parameter.grad = self.parameter.grad, None
@@ -76,15 +90,21 @@ class Sharding:
         """Whether this rank trains but a part of the parameter ``name``."""
         return name in self._divided
 
-    def divide(self, name: str, parameter: torch.nn.Parameter, division: Division) -> None:
+    def divide(
+        self, name: str, parameter: torch.nn.Parameter, division: Division, level: str
+    ) -> None:
         """Makes a parameter, whole so far, the part of it that this rank trains."""
         whole = parameter.detach().contiguous()
         part = division.part(whole, self.comm.rank)
+        if level == "parameters":
+            # The user may have other tensors in the memory of this one, so it is left alone.
+            whole, part = torch.empty_like(whole), part.clone()
+            whole.untyped_storage().resize_(0)
         gradient, parameter.grad = parameter.grad, None
         parameter.data = part
         if gradient is not None:
             parameter.grad = division.part(gradient, self.comm.rank).clone()
-        self._divided[name] = _Divided(parameter, division, part, whole)
+        self._divided[name] = _Divided(parameter, division, level, part, whole)
         self._versions[name] = parameter._version
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -105,26 +125,72 @@ class Sharding:
 
     def gather(self) -> None:
         """Brings the wholes up to date; all ranks do this together."""
-        for entries in self._together(self._divided):
+        lasting = [name for name, entry in self._divided.items() if entry.lasts]
+        self._gather(lasting)
+        self._stepped = False
+        self._versions = {name: e.parameter._version for name, e in self._divided.items()}
+
+    def _gather(self, names: Iterable[str]) -> None:
+        for entries in self._together(names):
             ranks = [*entries[0].division.ranks]
             parts = torch.cat([_padded(e.part, e.division.part_numel) for e in entries])
             gathered = self.comm.all_gather_into(parts, ranks).view(len(ranks), -1)
             sizes = [entry.division.part_numel for entry in entries]
             for entry, columns in zip(entries, gathered.split(sizes, dim=1), strict=True):
                 entry.whole.view(-1).copy_(columns.reshape(-1)[: entry.whole.numel()])
-        self._stepped = False
-        self._versions = {name: e.parameter._version for name, e in self._divided.items()}
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Makes every divided parameter whole in the body."""
-        try:
-            for entry in self._divided.values():
-                entry.become_whole()
+        """Makes every divided parameter whole in the body of which this rank keeps all entries."""
+        with _whole([entry for entry in self._divided.values() if entry.lasts]):
             yield
+
+    @contextlib.contextmanager
+    def shaped(self, *, values: bool) -> Iterator[None]:
+        """Gives the other divided parameters the shape of the whole, and its values if asked to.
+
+        With values, all ranks do this together.
+        """
+        names = [name for name, entry in self._divided.items() if not entry.lasts]
+        with self._in_memory(names):
+            if values:
+                self._gather(names)
+            yield
+
+    @contextlib.contextmanager
+    def gathered(self, names: Iterable[str]) -> Iterator[None]:
+        """Makes divided parameters among ``names`` whole for the body; their ranks do it together.
+
+        Those of which this rank keeps all entries anyway stay as they are.
+        """
+        here = [self._divided.get(name) for name in names]
+        passing = [name for name, e in zip(names, here, strict=True) if e and not e.lasts]
+        with self._in_memory(passing):
+            self._gather(passing)
+            yield
+
+    @contextlib.contextmanager
+    def _in_memory(self, names: Iterable[str]) -> Iterator[None]:
+        entries = [self._divided[name] for name in names]
+        try:
+            for entry in entries:
+                entry.take_memory()
+            with _whole(entries):
+                yield
         finally:
-            for entry in self._divided.values():
-                entry.become_part()
+            for entry in entries:
+                entry.free_memory()
+
+    def scattered(
+        self, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, torch.nn.Parameter]:
+        """Those whose gradients are added up in every backward, as they are divided, too."""
+        levels = {n: self._divided[n].level for n in parameters if n in self._divided}
+        return {
+            name: parameters[name]
+            for name, level in levels.items()
+            if level in ("gradients", "parameters") and parameters[name].requires_grad
+        }
 
     def scatter(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Adds up gradients of whole parameters between the ranks that divide them.
@@ -158,6 +224,17 @@ class Sharding:
         entries = [entry for name, entry in self._divided.items() if name in wanted]
         for _, alike in itertools.groupby(sorted(entries, key=ranks), ranks):
             yield from buckets(alike, lambda entry: entry.whole)
+
+
+@contextlib.contextmanager
+def _whole(entries: list[_Divided]) -> Iterator[None]:
+    try:
+        for entry in entries:
+            entry.become_whole()
+        yield
+    finally:
+        for entry in entries:
+            entry.become_part()
 
 
 def _padded(flat: torch.Tensor, numel: int) -> torch.Tensor:

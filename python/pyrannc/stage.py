@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ from .errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from . import _core
+    from .batch_norm import PartNorm
     from .capture import Captured
 
 
@@ -70,6 +73,51 @@ class StageModule:
         targets = self.written if written is None else written
         results = self.module(*(values[i] for i in self.inputs), *extras, *targets.values())
         return dict(zip(self.outputs, results, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the model as units that run one after the other.
+
+    Attributes:
+        inputs: ids of the values it needs.
+        outputs: ids of the values it gives.
+        units: its parts, each with values that the others give.
+        needed: for each unit, ids of the values that are still needed after it.
+    """
+
+    inputs: list[int]
+    outputs: list[int]
+    units: list[StageModule]
+    needed: list[set[int]]
+
+    @classmethod
+    def build(cls, captured: Captured, placed: _core.PlacedStage) -> Stage:
+        """The stage of a placement."""
+        units = []
+        for unit in placed.units:
+            inside = set(unit.nodes)
+            groups = [group for group in placed.recompute if inside.issuperset(group)]
+            units.append(build_stage(captured, unit.nodes, unit.inputs, unit.outputs, groups))
+        needed = [set(placed.outputs)]
+        for module in reversed(units[1:]):
+            needed.append(needed[-1].union(module.inputs))
+        return cls(placed.inputs, placed.outputs, units, needed[::-1])
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The user's own parameters that it uses, by qualified name."""
+        return {name: p for unit in self.units for name, p in unit.parameters.items()}
+
+    @property
+    def written(self) -> dict[str, torch.Tensor]:
+        """Those of the buffers that it writes to."""
+        return {name: b for unit in self.units for name, b in unit.written.items()}
+
+    @property
+    def norms(self) -> list[PartNorm]:
+        """Its batch norms that see parts of the batch."""
+        return [norm for unit in self.units for norm in unit.norms]
 
 
 def build_stage(

@@ -154,16 +154,11 @@ def leave_and_enter(plan: Any) -> None:
     plan["stages"][0]["recompute"] = [[nodes[0], nodes[-1]]]
 
 
-def shard(plan: Any) -> None:
-    plan["stages"][1]["sharding"] = "parameters"
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (take_from_another_stage, "which is of stage 1"),
         (leave_and_enter, "is not convex: a path leaves it, to"),
-        (shard, "stage 1 of the deployment has the sharding `parameters`"),
     ],
 )
 def test_what_cannot_run_is_refused(

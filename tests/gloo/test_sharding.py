@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from torch import nn
 
+import pyrannc
+from pyrannc import executor, sharding
+from pyrannc.optimizer import check_element_wise
 from tests.gloo.test_equivalence import ROWS, check
 from tests.gloo.training import OPTIMIZERS, Setup
 from tests.models import case
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
     from tests.gloo.pool import Pools
 
 pytestmark = [pytest.mark.gloo]
 
-LEVELS = ("optimizer",)
+CONFIG = pyrannc.Config(
+    partition_num=1, pipeline_num=1, measure=False, profile_cache_dir="off", timeout_s=40
+)
+LEVELS = ("optimizer", "gradients", "parameters")
 Layout = tuple[tuple[int, ...], ...]
 ONE_STAGE: list[Layout] = [((0, 1),), ((0, 1, 2, 3),)]
 TWO_STAGES: list[Layout] = [((0, 1), (2, 3)), ((0,), (1, 2, 3)), ((0, 1, 2), (3,))]
@@ -54,3 +66,260 @@ def test_a_loss_is_the_same(
 def test_every_optimizer(pools: Pools, optimizer: str, level: str, tmp_path: Path) -> None:
     chosen = setup(((0, 1),), level, 2, optimizer=optimizer)
     check(pools, case("fork_join"), chosen, tmp_path)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("name", "layout", "options"),
+    [
+        ("masked_loss", ((0, 1, 2),), {"schedule": "1f1b"}),
+        ("shared_embedding", ((0, 1), (0, 1)), {}),  # the embedding is of both stages
+        ("gpt", ((0, 1),), {"recompute": 5}),
+        ("gpt", ((0, 1), (1, 2)), {"schedule": "1f1b", "shares": ((3, 1), (1, 2))}),
+        ("small_param", ((0, 1),), {}),  # parameters of one entry
+        pytest.param("recurrent", ((0, 1),), {}, marks=pytest.mark.slow),
+        pytest.param("dict_in_out", ((0, 1), (2, 3)), {}, marks=pytest.mark.slow),
+        pytest.param("skips", ((0, 1), (2, 3)), {}, marks=pytest.mark.slow),
+    ],
+)
+def test_other_models_are_the_same(
+    pools: Pools, name: str, layout: Layout, options: dict[str, Any], level: str, tmp_path: Path
+) -> None:
+    check(pools, case(name), setup(layout, level, 2, **options), tmp_path)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_replicas_without_rows_take_part(pools: Pools, level: str, tmp_path: Path) -> None:
+    rows = ((1, 2), (2, 0), (0, 1))
+    chosen = Setup(rows, microbatches=2, stage_ranks=((0, 1),), sharding=level)
+    check(pools, case("fork_join"), chosen, tmp_path)
+
+
+# ---- What each rank holds
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes on one rank after a step, but for the last two, which are the most within one."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    unscattered: int
+
+
+class Chain(nn.Module):
+    """Layers of equal size."""
+
+    def __init__(self, num_layers: int = 16, width: int = 8) -> None:
+        super().__init__()
+        layers = [nn.Linear(width, width, bias=False) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.pow(2).mean()
+
+
+def sharded_to(level: str, folder: str, make_model: Callable[[], nn.Module]) -> str:
+    """The file of a deployment on all ranks in one stage that divides so much."""
+    path = Path(folder) / "deployment.json"
+    planned = pyrannc.RaNNCModule(make_model(), config=CONFIG)
+    with torch.no_grad():
+        planned(torch.ones(4, 8))
+    planned.save_deployment(path)
+    planned.undeploy()
+    if pyrannc.get_rank() == 0:
+        plan = json.loads(path.read_text())
+        for stage in plan["stages"]:
+            stage["sharding"] = level
+        path.write_text(json.dumps(plan))
+    pyrannc.barrier()
+    return str(path)
+
+
+def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t is not None and t.untyped_storage().nbytes() > 0
+    }
+    return sum(storages.values())
+
+
+def hold(level: str, folder: str) -> Held:
+    deployment = sharded_to(level, folder, Chain)
+    model = Chain()
+    optimizer = torch.optim.Adam(model.parameters())
+    wrapped = pyrannc.RaNNCModule(model, optimizer, load_deployment=deployment, config=CONFIG)
+    gathered, unscattered = [0], [0]
+    taking, freeing = sharding._Divided.take_memory, sharding._Divided.free_memory
+    adding = executor.Executor._add_scattered
+    now = 0
+
+    def take(self: Any) -> None:
+        nonlocal now
+        taking(self)
+        now += self.whole.nbytes
+        gathered.append(now)
+
+    def give(self: Any) -> None:
+        nonlocal now
+        now -= self.whole.nbytes
+        freeing(self)
+
+    def add(self: Any, parameters: Any, gradients: dict[str, torch.Tensor], step: Any) -> None:
+        unscattered.append(nbytes(gradients.values()))
+        adding(self, parameters, gradients, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding._Divided, "take_memory", take)
+        patch.setattr(sharding._Divided, "free_memory", give)
+        patch.setattr(executor.Executor, "_add_scattered", add)
+        wrapped(torch.ones(4, 8)).backward()
+        optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.numel() > 1]
+    held = Held(
+        parameters=nbytes(model.parameters()),
+        gradients=nbytes(p.grad for p in model.parameters()),
+        optimizer=nbytes(states),
+        gathered=max(gathered),
+        unscattered=max(unscattered),
+    )
+    wrapped.undeploy()
+    return held
+
+
+def test_memory_is_saved(pools: Pools, tmp_path: Path) -> None:
+    all_of_it = 16 * 8 * 8 * 4
+    part, unit = all_of_it // 2, all_of_it // 8
+    expected = {
+        "none": Held(all_of_it, all_of_it, 2 * all_of_it, 0, 0),
+        "optimizer": Held(all_of_it, part, 2 * part, 0, 0),
+        "gradients": Held(all_of_it, part, 2 * part, 0, unit),
+        "parameters": Held(part, part, 2 * part, unit, unit),
+    }
+    for level, held in expected.items():
+        assert pools.run(2, hold, level, str(tmp_path)) == [held] * 2, level
+
+
+# ---- How it is asked for, and who may not
+
+
+def train_with_zero(path: str) -> tuple[list[str], bool]:
+    """Trains with a scheduler, gradients set to zero and parameters changed by hand."""
+    torch.manual_seed(0)
+    plain, model = Chain(4).double(), Chain(4).double()
+    model.load_state_dict(plain.state_dict())
+    optimizers = []
+    for one in (plain, model):
+        groups = [{"params": one.layers[:2].parameters()}, {"params": one.layers[2:].parameters()}]
+        optimizers.append(torch.optim.AdamW(groups, lr=0.1))
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in optimizers]
+    wrapped = pyrannc.RaNNCModule(model, optimizers[1], enable_zero=True, config=CONFIG)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mine = x.chunk(pyrannc.get_world_size())[pyrannc.get_rank()]
+    for step in range(4):
+        optimizers[0].zero_grad(set_to_none=step == 1)
+        optimizers[1].zero_grad(set_to_none=step == 1)
+        for _ in range(1 + step % 2):  # gradients accumulate
+            plain(x).backward()
+            wrapped(mine).backward()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        with torch.no_grad():
+            for parameter in [*plain.parameters(), *wrapped.parameters()]:
+                parameter.clamp_(-0.3, 0.3)
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped.eval()(mine), plain(x), rtol=1e-10, atol=1e-12)
+        wrapped.train()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(wrapped.get_param(name), parameter, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            wrapped.get_param_grad(name), parameter.grad, rtol=1e-10, atol=1e-12
+        )
+    wrapped.load_state_dict(Chain(4).double().state_dict())
+    levels = wrapped.deployment.stage_sharding
+    wrapped.save_deployment(path)
+    wrapped.undeploy()
+    loaded = pyrannc.RaNNCModule(
+        Chain(4).double(), enable_zero=True, load_deployment=path, config=CONFIG
+    )
+    loaded(mine)
+    again = loaded.deployment.stage_sharding == levels
+    loaded.undeploy()
+    return levels, again
+
+
+def test_enable_zero(pools: Pools, tmp_path: Path) -> None:
+    assert pools.run(2, train_with_zero, str(tmp_path / "plan.json")) == [(["optimizer"], True)] * 2
+
+
+class Lamb(torch.optim.SGD):
+    """A step as long as the parameter, whatever the gradient."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(parameter.grad * (parameter.norm() / parameter.grad.norm()))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (torch.optim.LBFGS, "all parameters together"),
+        (torch.optim.Adafactor, "rows and columns"),
+        (lambda p: torch.optim.Muon(list(p)), "whole matrices"),
+        (Lamb, "gives another result than on the whole"),
+    ],
+)
+def test_optimizers_that_are_not_element_wise(make: Any, reason: str) -> None:
+    model = Chain(2)
+    with pytest.raises(pyrannc.RaNNCError, match=reason) as caught:
+        pyrannc.RaNNCModule(model, make(model.parameters()), enable_zero=True, config=CONFIG)
+    assert "hint: leave out `enable_zero`" in str(caught.value)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_trial_leaves_the_optimizer_alone(scheduled: bool) -> None:
+    model = Chain(2)
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+    if scheduled:
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    before = [parameter.clone() for parameter in model.parameters()]
+    check_element_wise(optimizer)
+    assert not optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def plan_in_little_memory(level: str, limit_bytes: int) -> tuple[list[str], float]:
+    config = dataclasses.replace(
+        CONFIG,
+        replica_num=2,
+        recompute=False,
+        sharding=level,
+        mem_limit_gb=limit_bytes / 2**30,
+        mem_margin=0,
+    )
+    torch.manual_seed(0)
+    model = Chain(32, 64)
+    wrapped = pyrannc.RaNNCModule(model, torch.optim.Adam(model.parameters()), config=config)
+    loss = wrapped(torch.ones(1, 64))
+    loss.backward()
+    levels = wrapped.deployment.stage_sharding
+    wrapped.undeploy()
+    return levels, loss.item()
+
+
+@pytest.mark.parametrize(
+    ("level", "part"), [("none", 4.3), ("optimizer", 3.3), ("gradients", 2.98), ("parameters", 2.7)]
+)
+def test_the_planner_shards_where_memory_is_short(pools: Pools, level: str, part: float) -> None:
+    """Of 4 times the parameters, a level needs 3, 2.5 or 2 times as much, and some for units."""
+    limit = int(part * 32 * 64 * 64 * 4)
+    outcomes = pools.run(2, plan_in_little_memory, "parameters", limit)
+    assert [levels for levels, _ in outcomes] == [[level]] * 2
+    assert outcomes[0][1] == outcomes[1][1]

@@ -35,7 +35,7 @@ pub struct StageSizes {
     pub trainable: u64,
     /// Those of them that other stages hold, too: they are never sharded.
     pub tied: u64,
-    /// The most parameters that are gathered at a time when they are sharded.
+    /// The most parameters that are whole at a time, or have whole gradients, when those are sharded.
     pub gathered: u64,
     /// What autograd keeps for the backward of one microbatch.
     pub saved: u64,
@@ -129,7 +129,12 @@ impl StageSizes {
         let own = self.trainable.saturating_sub(self.tied);
         let part = own.div_ceil(replicas.max(1));
         let held = |level: Sharding| if sharding >= level { part } else { own };
-        let gathered = if sharding >= Sharding::Parameters { 2 * self.gathered } else { 0 };
+        let copies = match sharding {
+            Sharding::None | Sharding::Optimizer => 0,
+            Sharding::Gradients => 2,  // gradients, and a copy that is sent
+            Sharding::Parameters => 3, // parameters, too
+        };
+        let gathered = self.gathered.saturating_mul(copies);
         let optimized = held(Sharding::Optimizer).saturating_add(self.tied);
         StageMemory {
             parameters: self.state.saturating_sub(own - held(Sharding::Parameters)),

@@ -19,9 +19,9 @@ pub enum Sharding {
     None,
     /// The optimizer's state.
     Optimizer,
-    /// Gradients, too: they are reduced and scattered after every microbatch.
+    /// Gradients, too: they are reduced and scattered in every backward.
     Gradients,
-    /// Parameters, too: they are gathered before every forward and every backward.
+    /// Parameters, too: they are gathered in every forward and every backward.
     Parameters,
 }
 

@@ -28,6 +28,7 @@ mod storage;
 mod threshold;
 mod uniform;
 mod union;
+mod units;
 mod valid;
 
 pub use atomic::Atoms;
@@ -37,4 +38,5 @@ pub use error::{PartitionError, Remedy};
 pub use options::{Candidate, Options, Progress, StageCandidate, microbatch_candidates};
 pub use recompute::{Arrangement, Arranger, BadGroup};
 pub use search::{Partitioner, search};
+pub use units::{Unit, most_gathered, units};
 pub use valid::{assign, stages_are_valid};

@@ -11,6 +11,7 @@ use rannc_cost::{Classes, Cluster, Sharding, StageSizes, Training};
 use crate::facts::{FactCache, RowFacts};
 use crate::layout::DeviceSet;
 use crate::runs::{Run, Runs};
+use crate::units::UNITS;
 
 /// What stages are priced for.
 #[derive(Clone, Copy)]
@@ -472,9 +473,11 @@ impl<'a> Pricer<'a> {
     fn sizes(&self, run: (usize, usize), row_facts: &RowFacts) -> StageSizes {
         let facts = self.runs.get(run.0, run.1);
         let rows = row_facts.rows;
-        let gathered = if self.setting.sharding == Sharding::Parameters {
+        let gathered = if self.setting.sharding >= Sharding::Gradients {
+            // A unit is cut where it has its part; no operator has more than the largest block.
             let blocks = self.runs.blocks[run.0..run.1].iter();
-            blocks.map(|block| block.own_trained).max().unwrap_or_default()
+            let largest = blocks.map(|block| block.own_trained).max().unwrap_or_default();
+            facts.own_trained.min(facts.own_trained.div_ceil(UNITS).saturating_add(largest))
         } else {
             0
         };

@@ -8,7 +8,7 @@ use rannc_cost::{
     Classes, Cluster, DeviceCosts, ScheduleKind, Sharding, StageMemory, StageSizes, is_trained,
 };
 use rannc_graph::{Graph, NodeId, Users};
-use rannc_partition::{Candidate, Options, StageCandidate};
+use rannc_partition::{Arrangement, Candidate, Options, StageCandidate};
 use rannc_schedule::{
     Batch, GradientGroup, Memory, Mode, Program, RankId, Shared, StageId, Timeline, Timing,
 };
@@ -71,6 +71,7 @@ impl<'a> Evaluator<'a> {
             self.world_size(),
             candidate.microbatches,
             candidate.schedule,
+            None,
         )
     }
 
@@ -271,6 +272,13 @@ impl<'a> Evaluator<'a> {
                 }
             }
         }
+        if stage.sharding >= Sharding::Gradients {
+            let divided = |id| is_trained(graph, id) && !tied.contains(id.index());
+            let plain = Arrangement::plain(&stage.nodes);
+            let arranged = Arrangement { groups: stage.recompute.clone(), ..plain };
+            let units = rannc_partition::units(graph, &self.users, &arranged, &[], divided);
+            sizes.gathered = rannc_partition::most_gathered(graph, &units, divided);
+        }
         sizes.saved = sizes.saved.saturating_sub(freed).saturating_add(inputs);
         sizes.working = sizes.working.saturating_add(moment);
         sizes
@@ -312,11 +320,34 @@ struct StageTiming<'a> {
     known: RefCell<BTreeMap<TimesKey, (u64, u64)>>,
     /// By stage and rows.
     saved: RefCell<BTreeMap<(usize, u64), u64>>,
+    /// By stage, the time that gathering and scattering take in a forward and in a backward.
+    traffic: Vec<(u64, u64)>,
 }
 
 impl<'a> StageTiming<'a> {
     fn new(evaluator: &'a Evaluator<'a>, candidate: &'a Candidate) -> Self {
-        Self { evaluator, candidate, known: RefCell::default(), saved: RefCell::default() }
+        let stages = candidate.stages.iter();
+        let traffic = stages.map(|stage| Self::traffic(evaluator, candidate, stage)).collect();
+        let (known, saved) = (RefCell::default(), RefCell::default());
+        Self { evaluator, candidate, known, saved, traffic }
+    }
+
+    /// What divided gradients and parameters add to a forward and to a backward.
+    fn traffic(
+        evaluator: &Evaluator<'_>,
+        candidate: &Candidate,
+        stage: &StageCandidate,
+    ) -> (u64, u64) {
+        if stage.sharding < Sharding::Gradients || stage.ranks.len() < 2 {
+            return (0, 0);
+        }
+        let tied = tied(evaluator.graph, &candidate.stages);
+        let sizes = evaluator.sizes(stage, 1, &tied);
+        let bytes = sizes.trainable.saturating_sub(sizes.tied);
+        let whole = evaluator.cluster.all_reduce_ns(bytes, &stage.ranks);
+        let microbatches = candidate.microbatches.max(1);
+        let each = stage.sharding.traffic_ns(whole, microbatches) / microbatches;
+        if stage.sharding == Sharding::Parameters { (each / 3, each - each / 3) } else { (0, each) }
     }
 
     /// Forward and backward time.
@@ -352,11 +383,11 @@ impl<'a> StageTiming<'a> {
 
 impl Timing for StageTiming<'_> {
     fn forward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
-        self.times(stage, rank, rows).0
+        self.times(stage, rank, rows).0.saturating_add(self.traffic[stage.index()].0)
     }
 
     fn backward_ns(&self, stage: StageId, rank: RankId, rows: u64) -> u64 {
-        self.times(stage, rank, rows).1
+        self.times(stage, rank, rows).1.saturating_add(self.traffic[stage.index()].1)
     }
 
     fn transfer_ns(&self, bytes: u64, from: RankId, to: RankId) -> u64 {

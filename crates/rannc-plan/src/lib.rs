@@ -22,7 +22,7 @@ pub use compile::{Options, compile, even_rows};
 pub use error::PlanError;
 pub use evaluate::Evaluation;
 pub use explain::{duration, size};
-pub use place::{Group, PlacedStage, Placement};
+pub use place::{Divided, Group, PlacedStage, Placement};
 pub use plan::{BoundEstimate, Estimates, Plan, PlanStage, RankEstimate, StageEstimate};
 pub use planner::Planner;
 pub use progress::Bar;

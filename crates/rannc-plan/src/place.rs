@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fixedbitset::FixedBitSet;
 use rannc_cost::{Cluster, ScheduleKind, Sharding};
 use rannc_graph::{Graph, NodeId, Rows, Users, Value, ValueId, ValueKind};
-use rannc_partition::{Arrangement, Arranger, Candidate, StageCandidate};
+use rannc_partition::{Arrangement, Arranger, Candidate, StageCandidate, Unit};
 use rannc_schedule::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, Program, RankId, Stage, StageId, Transport,
 };
@@ -40,6 +40,8 @@ pub struct PlacedStage {
     /// Groups of its operators whose inner values are computed again in backward, each in the order
     /// in which they run.
     pub recompute: Vec<Vec<NodeId>>,
+    /// Its parts, which run one after the other: one, unless gradients or parameters are divided.
+    pub units: Vec<Unit>,
 }
 
 /// Parameters whose gradients are summed together: those held by exactly these ranks and divided
@@ -54,6 +56,9 @@ pub struct Group {
     pub parameters: Vec<ValueId>,
 }
 
+/// What the holders of parameters divide, by the parameter's name.
+pub type Divided = BTreeMap<String, Sharding>;
+
 /// A plan applied to one graph of its model.
 #[derive(Clone, Debug)]
 pub struct Placement {
@@ -63,6 +68,8 @@ pub struct Placement {
     pub groups: Vec<Group>,
     /// For each parameter and buffer that a stage reads: its name and the ranks that hold it.
     pub holders: BTreeMap<String, Vec<u32>>,
+    /// What the holders of each divided parameter divide, by its name.
+    pub divided: Divided,
     /// The same for the schedule: stages and flows only.
     pub pipeline: Pipeline,
     microbatches: u64,
@@ -78,8 +85,21 @@ impl Plan {
     ///
     /// [`PlanError::Invalid`] when the plan's stages contradict each other or the graph.
     pub fn place(&self, graph: &Graph) -> Result<Placement, PlanError> {
+        self.place_as(graph, None)
+    }
+
+    /// The same where ranks divide parameters already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Plan::place`].
+    pub fn place_again(&self, graph: &Graph, divided: &Divided) -> Result<Placement, PlanError> {
+        self.place_as(graph, Some(divided))
+    }
+
+    fn place_as(&self, graph: &Graph, divided: Option<&Divided>) -> Result<Placement, PlanError> {
         let Candidate { stages, microbatches, schedule, .. } = self.candidate(graph)?;
-        Ok(Placement::new(graph, stages, self.world_size, microbatches, schedule))
+        Ok(Placement::new(graph, stages, self.world_size, microbatches, schedule, divided))
     }
 
     /// The division of a graph that the plan stands for.
@@ -291,13 +311,18 @@ impl Placement {
         world_size: u32,
         microbatches: u64,
         schedule: ScheduleKind,
+        known: Option<&Divided>,
     ) -> Self {
         let users = graph.users();
         place_returned_constants(graph, &mut parts);
         let nodes: Vec<FixedBitSet> = parts.iter().map(|part| part.nodes.clone()).collect();
         let flows = flows(graph, &nodes, &users);
-        let stages = placed_stages(graph, parts, &flows);
-        let groups = gradient_groups(graph, &stages);
+        let mut stages = placed_stages(graph, parts, &flows);
+        let divided = known.map_or_else(|| divided(graph, &stages), Divided::clone);
+        let groups = gradient_groups(graph, &stages, &divided);
+        for stage in &mut stages {
+            stage.units = units(graph, &users, stage, &divided);
+        }
         let holders = holders(graph, &stages);
         let pipeline = Pipeline {
             world_size,
@@ -307,12 +332,13 @@ impl Placement {
                     ranks: stage.ranks.iter().map(|&rank| RankId(rank)).collect(),
                     shares: stage.shares.clone(),
                     backward: differentiates(graph, stage),
+                    sharding: most_divided(graph, stage, &divided),
                 })
                 .collect(),
             gradient_groups: pipeline_groups(graph, &stages, &groups),
             flows,
         };
-        Self { stages, groups, holders, pipeline, microbatches, schedule }
+        Self { stages, groups, holders, divided, pipeline, microbatches, schedule }
     }
 
     /// The schedule that training follows: 1F1B needs one scalar loss as the only thing to
@@ -455,7 +481,8 @@ fn placed_stages(graph: &Graph, parts: Vec<StageCandidate>, flows: &[Flow]) -> V
             let state = state_of(graph, &part.nodes);
             let StageCandidate { ranks, shares, sharding, .. } = part;
             let (inputs, outputs) = (Vec::new(), Vec::new());
-            PlacedStage { ranks, shares, sharding, nodes, inputs, outputs, state, recompute }
+            let units = Vec::new();
+            PlacedStage { ranks, shares, sharding, nodes, inputs, outputs, state, recompute, units }
         })
         .collect();
     for flow in flows {
@@ -502,11 +529,11 @@ fn ranks_by_state(stages: &[PlacedStage]) -> BTreeMap<ValueId, BTreeSet<u32>> {
     ranks
 }
 
-fn gradient_groups(graph: &Graph, stages: &[PlacedStage]) -> Vec<Group> {
+fn gradient_groups(graph: &Graph, stages: &[PlacedStage], divided: &Divided) -> Vec<Group> {
     let mut groups: BTreeMap<(Vec<u32>, Sharding), Vec<ValueId>> = BTreeMap::new();
     for (id, ranks) in ranks_by_state(stages) {
         if ranks.len() > 1 && is_trainable(graph.value(id)) {
-            let key = (ranks.into_iter().collect(), sharding_of(id, stages));
+            let key = (ranks.into_iter().collect(), level(graph, id, divided));
             groups.entry(key).or_default().push(id);
         }
     }
@@ -514,14 +541,42 @@ fn gradient_groups(graph: &Graph, stages: &[PlacedStage]) -> Vec<Group> {
     groups.into_iter().map(group).collect()
 }
 
-/// What the holders of a parameter divide: replicas of one stage can, of several stages cannot, since
-/// each stage may divide in another way.
-fn sharding_of(parameter: ValueId, stages: &[PlacedStage]) -> Sharding {
-    let mut holding = stages.iter().filter(|stage| stage.state.contains(&parameter));
-    match (holding.next(), holding.next()) {
-        (Some(stage), None) => stage.sharding,
-        _ => Sharding::None,
+/// What replicas divide of the trained parameters of a graph: those of one stage can be divided, those
+/// of several cannot, since each stage may divide in another way. What the model returns stays whole.
+fn divided(graph: &Graph, stages: &[PlacedStage]) -> Divided {
+    let mut readers: BTreeMap<ValueId, Vec<&PlacedStage>> = BTreeMap::new();
+    for stage in stages {
+        for &id in stage.state.iter().filter(|&&id| is_trainable(graph.value(id))) {
+            readers.entry(id).or_default().push(stage);
+        }
     }
+    let own = readers.into_iter().filter_map(|(id, stages)| match stages[..] {
+        [stage] if stage.ranks.len() > 1 && !stage.outputs.contains(&id) => {
+            (!stage.sharding.is_none()).then(|| (graph.value(id).name.clone(), stage.sharding))
+        }
+        _ => None,
+    });
+    own.collect()
+}
+
+fn level(graph: &Graph, id: ValueId, divided: &Divided) -> Sharding {
+    divided.get(&graph.value(id).name).copied().unwrap_or_default()
+}
+
+/// The most that the replicas of a stage divide in fact.
+fn most_divided(graph: &Graph, stage: &PlacedStage, divided: &Divided) -> Sharding {
+    stage.state.iter().map(|&id| level(graph, id, divided)).max().unwrap_or_default()
+}
+
+fn units(graph: &Graph, users: &Users, stage: &PlacedStage, divided: &Divided) -> Vec<Unit> {
+    let PlacedStage { nodes, inputs, outputs, recompute, .. } = stage;
+    if most_divided(graph, stage, divided) < Sharding::Gradients {
+        let (nodes, inputs, outputs) = (nodes.clone(), inputs.clone(), outputs.clone());
+        return vec![Unit { nodes, inputs, outputs }];
+    }
+    let arrangement = Arrangement { order: nodes.clone(), groups: recompute.clone() };
+    let is_divided = |id: ValueId| level(graph, id, divided) >= Sharding::Gradients;
+    rannc_partition::units(graph, users, &arrangement, outputs, is_divided)
 }
 
 fn holders(graph: &Graph, stages: &[PlacedStage]) -> BTreeMap<String, Vec<u32>> {
@@ -550,7 +605,7 @@ fn pipeline_groups(graph: &Graph, stages: &[PlacedStage], groups: &[Group]) -> V
                 .iter()
                 .map(|&id| graph.value(id).bytes(0))
                 .fold(0, u64::saturating_add),
-            divided: group.sharding != Sharding::None,
+            sharding: group.sharding,
         })
         .collect()
 }

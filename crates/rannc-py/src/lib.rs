@@ -15,7 +15,7 @@ mod _core {
     #[pymodule_export]
     use crate::graph::{Graph, ValueInfo};
     #[pymodule_export]
-    use crate::plan::{PlacedStage, Placement, Plan, plan};
+    use crate::plan::{PlacedStage, PlacedUnit, Placement, Plan, plan};
     #[pymodule_export]
     use crate::schedule::{Action, Program, Slot};
 }

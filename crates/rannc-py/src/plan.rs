@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
-use rannc_cost::{Cluster, Profile};
+use rannc_cost::{Cluster, Profile, Sharding};
 use rannc_graph::ValueId;
 use rannc_schedule::{Mode, ScheduleKind};
 
@@ -26,6 +26,7 @@ pub(crate) struct Placement {
     placed: rannc_plan::Placement,
     nodes: Vec<Vec<String>>,
     recompute: Vec<Vec<Vec<String>>>,
+    units: Vec<Vec<PlacedUnit>>,
     parameters: Vec<Vec<String>>,
 }
 
@@ -42,6 +43,20 @@ pub(crate) struct PlacedStage {
     /// Ids of the values it receives.
     inputs: Vec<u32>,
     /// Ids of the values it hands on or returns.
+    outputs: Vec<u32>,
+    /// Its parts, which run one after the other: one, unless gradients or parameters are divided.
+    units: Vec<PlacedUnit>,
+}
+
+/// A part of a stage that runs by itself, with only its own divided parameters whole.
+#[pyclass(frozen, get_all, module = "pyrannc._core")]
+#[derive(Clone)]
+pub(crate) struct PlacedUnit {
+    /// Keys of its operators in the order in which they run.
+    nodes: Vec<String>,
+    /// Ids of the values it is given.
+    inputs: Vec<u32>,
+    /// Ids of the values it hands on to later units or out of the stage.
     outputs: Vec<u32>,
 }
 
@@ -149,13 +164,36 @@ impl Plan {
         self.plan.check(&graph.graph, world_size).map_err(raise_deployment)
     }
 
-    /// Applies the plan to a graph of its model.
-    fn place(&self, graph: &Graph) -> PyResult<Placement> {
-        let placement = self.plan.place(&graph.graph).map_err(raise_deployment)?;
+    /// Applies the plan to a graph of its model. `divided` is that of the placement in force, if there
+    /// is one.
+    #[pyo3(signature = (graph, divided = None))]
+    fn place(
+        &self,
+        graph: &Graph,
+        divided: Option<BTreeMap<String, String>>,
+    ) -> PyResult<Placement> {
+        let levels = |(name, level): (String, String)| {
+            level.parse::<Sharding>().map(|level| (name, level)).map_err(raise_cost)
+        };
+        let placement = match divided {
+            Some(divided) => {
+                let divided = divided.into_iter().map(levels).collect::<PyResult<_>>()?;
+                self.plan.place_again(&graph.graph, &divided)
+            }
+            None => self.plan.place(&graph.graph),
+        };
+        let placement = placement.map_err(raise_deployment)?;
         let key = |id: &rannc_graph::NodeId| graph.graph.node(*id).key.clone();
         let name = |id: &ValueId| graph.graph.value(*id).name.clone();
         let keys = |ids: &Vec<rannc_graph::NodeId>| ids.iter().map(key).collect::<Vec<_>>();
         let nodes = placement.stages.iter().map(|stage| keys(&stage.nodes));
+        let ids = |values: &[ValueId]| values.iter().map(|id| id.0).collect();
+        let unit = |unit: &rannc_partition::Unit| PlacedUnit {
+            nodes: keys(&unit.nodes),
+            inputs: ids(&unit.inputs),
+            outputs: ids(&unit.outputs),
+        };
+        let units = placement.stages.iter().map(|stage| stage.units.iter().map(unit).collect());
         let recompute =
             placement.stages.iter().map(|stage| stage.recompute.iter().map(keys).collect());
         let parameters =
@@ -163,6 +201,7 @@ impl Plan {
         Ok(Placement {
             nodes: nodes.collect(),
             recompute: recompute.collect(),
+            units: units.collect(),
             parameters: parameters.collect(),
             placed: placement,
         })
@@ -239,12 +278,14 @@ impl Placement {
             .stages
             .iter()
             .zip(self.nodes.iter().zip(&self.recompute))
-            .map(|(stage, (nodes, recompute))| PlacedStage {
+            .zip(&self.units)
+            .map(|((stage, (nodes, recompute)), units)| PlacedStage {
                 ranks: stage.ranks.clone(),
                 nodes: nodes.clone(),
                 recompute: recompute.clone(),
                 inputs: ids(&stage.inputs),
                 outputs: ids(&stage.outputs),
+                units: units.clone(),
             })
             .collect()
     }
@@ -261,6 +302,14 @@ impl Placement {
     #[getter]
     fn group_sharding(&self) -> Vec<String> {
         self.placed.groups.iter().map(|group| group.sharding.to_string()).collect()
+    }
+
+    /// What the holders of each divided parameter divide, by its name: `optimizer`, `gradients` or
+    /// `parameters`.
+    #[getter]
+    fn divided(&self) -> BTreeMap<String, String> {
+        let divided = self.placed.divided.iter();
+        divided.map(|(name, level)| (name.clone(), level.to_string())).collect()
     }
 
     /// The ranks that hold each parameter and buffer that a stage uses, by name.

@@ -5,8 +5,8 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use rannc_graph::Affine;
 use rannc_schedule::{
-    Batch, Flow, GradientGroup, Memory, Mode, Pipeline, Place, RankId, ScheduleKind, Stage,
-    StageId, Timing, Transport, compile, estimate, simulate,
+    Batch, Flow, GradientGroup, Memory, Mode, Pipeline, Place, RankId, ScheduleKind, Sharding,
+    Stage, StageId, Timing, Transport, compile, estimate, simulate,
 };
 
 /// A forward takes a nanosecond a row, everything else in proportion.
@@ -64,9 +64,14 @@ fn chain(replicas: &[u32]) -> Pipeline {
             ranks: ranks.clone(),
             stages: vec![StageId::new(index)],
             bytes: 1000,
-            divided: false,
+            sharding: Sharding::None,
         });
-        pipeline.stages.push(Stage { ranks, shares: Vec::new(), backward: true });
+        pipeline.stages.push(Stage {
+            ranks,
+            shares: Vec::new(),
+            backward: true,
+            sharding: Sharding::None,
+        });
     }
     pipeline
 }

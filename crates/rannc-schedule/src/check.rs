@@ -187,7 +187,8 @@ impl<'a> Checker<'a> {
         if !self.mode.computes() {
             return Err("there is nothing to compute".into());
         }
-        if rows != needed || rows == 0 {
+        let joint = self.pipeline.stages[stage.index()].is_joint(pass);
+        if rows != needed || (rows == 0 && !joint) {
             return Err(format!("the replica has {needed} rows of the microbatch"));
         }
         let activations = self.resources.activations(rank, stage, microbatch);
@@ -218,16 +219,18 @@ impl<'a> Checker<'a> {
             let id = StageId::new(index);
             let backward = stage.backward && self.mode.differentiates();
             for microbatch in self.layout.filled().filter(|_| self.mode.computes()) {
-                for holding in self.layout.holdings(crate::Place::Stage(id), microbatch) {
-                    let activations = self.resources.activations(holding.rank, id, microbatch);
-                    let activations = activations.expect("replicas with rows have activations");
-                    let [forward, done] = self.worked[activations as usize];
-                    if !forward || (backward && !done) {
-                        let pass = if forward { Pass::Backward } else { Pass::Forward };
-                        return Err(format!(
-                            "rank {} never runs `{id}{pass}{microbatch}`",
-                            holding.rank
-                        ));
+                for pass in [Pass::Forward, Pass::Backward] {
+                    if pass == Pass::Backward && !backward {
+                        continue;
+                    }
+                    let workers = self.layout.workers(self.pipeline, id, microbatch, pass);
+                    let idle = workers.into_iter().find(|&(rank, _)| {
+                        let activations = self.resources.activations(rank, id, microbatch);
+                        let activations = activations.expect("replicas have activations");
+                        !self.worked[activations as usize][pass as usize]
+                    });
+                    if let Some((rank, _)) = idle {
+                        return Err(format!("rank {rank} never runs `{id}{pass}{microbatch}`"));
                     }
                 }
             }
@@ -286,4 +289,5 @@ impl Observer for Silent {
     fn ran(&mut self, _: At, _: Op) {}
     fn delivered(&mut self, _: u32, _: &Move) {}
     fn reduced(&mut self, _: Op, _: &[At]) {}
+    fn worked(&mut self, _: &[(At, u32)]) {}
 }

@@ -236,15 +236,13 @@ impl<'a> Clock<'a> {
         }
     }
 
-    /// A stage runs as soon as the rank and all that it takes are ready.
-    fn work(&mut self, at: At, work: &Work) {
+    /// A stage runs from `start`, or when it ran where cores are shared.
+    fn work(&mut self, at: At, work: &Work, start: u64) {
         let resources = self.resources;
         let forward = work.pass == Pass::Forward;
         let finished = self.ranks[at.rank as usize].finished.take();
-        let (start, end) = finished.unwrap_or_else(|| {
-            let start = self.earliest(at.rank, work);
-            (start, start.saturating_add(self.duration(at.rank, work)))
-        });
+        let (start, end) =
+            finished.unwrap_or_else(|| (start, start.saturating_add(self.duration(at.rank, work))));
         let keeps = forward && self.training && self.pipeline.stages[work.stage.index()].backward;
         if keeps {
             let bytes = self.memory.saved_bytes(work.stage, work.rows);
@@ -299,7 +297,10 @@ impl Observer for Clock<'_> {
     fn ran(&mut self, at: At, op: Op) {
         let (script, now) = (self.script, self.now(at.rank));
         match op {
-            Op::Work(index) => self.work(at, &script.works[index as usize]),
+            Op::Work(index) => {
+                let work = &script.works[index as usize];
+                self.work(at, work, self.earliest(at.rank, work));
+            }
             Op::Send(index) => self.posted[index as usize][0] = (now, at.step),
             Op::Recv(index) => {
                 self.posted[index as usize][1] = (now, at.step);
@@ -331,6 +332,21 @@ impl Observer for Clock<'_> {
         }
         self.event(At { rank: piece.from, step: sender }, start, end);
         self.event(At { rank: piece.to, step: receiver }, start, end);
+    }
+
+    /// All start when the last can, and go on when the last has ended.
+    fn worked(&mut self, arrived: &[(At, u32)]) {
+        let works = &self.script.works;
+        let starts =
+            arrived.iter().map(|&(at, number)| self.earliest(at.rank, &works[number as usize]));
+        let start = starts.max().unwrap_or(0);
+        for &(at, number) in arrived {
+            self.work(at, &works[number as usize], start);
+        }
+        let end = arrived.iter().map(|(at, _)| self.now(at.rank)).max().unwrap_or(0);
+        for (at, _) in arrived {
+            self.ranks[at.rank as usize].now = end;
+        }
     }
 
     fn reduced(&mut self, op: Op, arrived: &[At]) {

@@ -153,6 +153,7 @@ impl Copies {
                         ranks: ranks(&stage.ranks),
                         shares: Vec::new(),
                         backward: stage.backward,
+                        sharding: stage.sharding,
                     })
                     .collect(),
                 flows: pipeline.flows.clone(),

@@ -9,7 +9,7 @@ mod fill_drain;
 mod one_f_one_b;
 
 use crate::rows::Layout;
-use crate::{Action, Mode, Pass, Pipeline, Place, ScheduleKind, StageId};
+use crate::{Action, Mode, Pass, Pipeline, ScheduleKind, StageId};
 
 /// The work of each rank in both passes of a step, nothing else.
 #[derive(Debug, Default)]
@@ -86,20 +86,19 @@ pub(crate) fn generate(
     }
 }
 
-/// Deals the steps of the stages to the ranks, leaving out those without rows.
+/// Deals the steps of the stages to the ranks that run them.
 fn deal(pipeline: &Pipeline, layout: &Layout, stages: &[Vec<Step>]) -> Vec<Vec<Action>> {
     let times = start_times(stages, layout.microbatches());
     let mut ranks = vec![Vec::new(); pipeline.world_size as usize];
     for (index, (steps, times)) in stages.iter().zip(&times).enumerate() {
         let stage = StageId::new(index);
         for (&Step { pass, microbatch }, &time) in steps.iter().zip(times) {
-            for holding in layout.holdings(Place::Stage(stage), microbatch) {
-                let rows = holding.rows.len();
+            for (rank, rows) in layout.workers(pipeline, stage, microbatch, pass) {
                 let action = match pass {
                     Pass::Forward => Action::Forward { stage, microbatch, rows },
                     Pass::Backward => Action::Backward { stage, microbatch, rows },
                 };
-                ranks[holding.rank.index()].push((time, stage, action));
+                ranks[rank.index()].push((time, stage, action));
             }
         }
     }

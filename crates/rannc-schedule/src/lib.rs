@@ -45,6 +45,6 @@ pub use pipeline::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, Stage, StageId, Transport,
 };
 pub use pool::Shared;
-pub use rannc_cost::ScheduleKind;
+pub use rannc_cost::{ScheduleKind, Sharding};
 pub use render::{grid, listing};
 pub use simulate::{Event, Memory, PeakMemory, RankTimeline, Timeline, Timing, simulate};

@@ -154,6 +154,8 @@ struct Lowering<'a> {
 struct Worker {
     work: Range<u32>,
     busy: bool,
+    /// Whether the work that keeps it busy is in its list already.
+    listed: bool,
 }
 
 impl<'a> Lowering<'a> {
@@ -254,7 +256,7 @@ impl<'a> Lowering<'a> {
         self.script.passes[pass] = vec![Vec::new(); self.pipeline.world_size as usize];
         let work = std::mem::take(&mut self.work[pass]);
         let mut workers: Vec<Worker> =
-            work.into_iter().map(|work| Worker { work, busy: false }).collect();
+            work.into_iter().map(|work| Worker { work, busy: false, listed: false }).collect();
         let mut woken = Vec::new();
         for index in std::mem::take(&mut self.direct) {
             if passes.contains(&self.transfers[index as usize].from.slot.pass) {
@@ -279,8 +281,7 @@ impl<'a> Lowering<'a> {
             woken.dedup();
             let mut next_woken = Vec::new();
             for rank in std::mem::take(&mut woken) {
-                let worker = &mut workers[rank as usize];
-                if let Some(end) = self.start(worker, now, &mut next_woken) {
+                for (rank, end) in self.start(workers, rank, now, &mut next_woken) {
                     queue.push(Reverse((end, rank)));
                 }
             }
@@ -290,10 +291,18 @@ impl<'a> Lowering<'a> {
             }
             let Some(&Reverse((end, _))) = queue.peek() else { break };
             now = end;
+            let mut ended = Vec::new();
             while let Some(&Reverse((end, rank))) = queue.peek()
                 && end == now
             {
                 queue.pop();
+                ended.push(rank);
+            }
+            // What ranks do together comes into their lists before anything that follows from it.
+            for &rank in &ended {
+                self.list_joint(rank, &mut workers[rank as usize]);
+            }
+            for rank in ended {
                 self.finish(rank, &mut workers[rank as usize], &mut woken);
             }
             self.reduce();
@@ -302,8 +311,36 @@ impl<'a> Lowering<'a> {
         stuck.map_or(Ok(()), |(worker, rank)| Err(self.stuck(worker, rank)))
     }
 
-    /// Starts the next work of a rank if it can, and returns when it ends.
-    fn start(&mut self, worker: &mut Worker, now: u64, woken: &mut Vec<u32>) -> Option<u64> {
+    /// Starts the next work of a rank if it can, and tells who is busy until when: work that replicas do
+    /// together starts when the last of them can.
+    fn start(
+        &mut self,
+        workers: &mut [Worker],
+        rank: u32,
+        now: u64,
+        woken: &mut Vec<u32>,
+    ) -> Vec<(u32, u64)> {
+        let Some(work) = self.possible(&workers[rank as usize]) else { return Vec::new() };
+        let ranks = self.together(rank, &work);
+        let kind = |work: &Work| (work.pass, work.stage, work.microbatch);
+        let ready = |&other: &u32| {
+            let theirs = self.possible(&workers[other as usize]);
+            theirs.is_some_and(|theirs| kind(&theirs) == kind(&work))
+        };
+        if !ranks.iter().all(ready) {
+            return Vec::new();
+        }
+        for &rank in &ranks {
+            let worker = &mut workers[rank as usize];
+            worker.busy = true;
+            self.fetch(worker.work.clone().nth(1), woken);
+        }
+        let end = now + if work.pass == Pass::Forward { 1 } else { 2 };
+        ranks.into_iter().map(|rank| (rank, end)).collect()
+    }
+
+    /// The next work of a rank, if the rank is idle and all that the work needs is there.
+    fn possible(&self, worker: &Worker) -> Option<Work> {
         if worker.busy || worker.work.is_empty() {
             return None;
         }
@@ -312,12 +349,17 @@ impl<'a> Lowering<'a> {
         self.resources.touch_work(&work, |resource, access| {
             allowed &= self.ledger.allows(resource, access);
         });
-        if !allowed {
-            return None;
+        allowed.then_some(work)
+    }
+
+    /// The ranks that do a work of `rank` together with it, itself included.
+    fn together(&self, rank: u32, work: &Work) -> Vec<u32> {
+        let stage = &self.pipeline.stages[work.stage.index()];
+        if stage.is_joint(work.pass) {
+            stage.ranks.iter().map(|rank| rank.0).collect()
+        } else {
+            vec![rank]
         }
-        worker.busy = true;
-        self.fetch(worker.work.clone().nth(1), woken);
-        Some(now + if work.pass == Pass::Forward { 1 } else { 2 })
     }
 
     /// Moves what is there from the start and a work needs.
@@ -333,11 +375,23 @@ impl<'a> Lowering<'a> {
         });
     }
 
+    /// Writes work that has ended into the rank's list if replicas did it together.
+    fn list_joint(&mut self, rank: u32, worker: &mut Worker) {
+        let index = worker.work.start;
+        let work = &self.script.works[index as usize];
+        worker.listed = self.pipeline.stages[work.stage.index()].is_joint(work.pass);
+        if worker.listed {
+            self.push(rank, Op::Work(index));
+        }
+    }
+
     /// Ends the work of a rank and sends on what it made.
     fn finish(&mut self, rank: u32, worker: &mut Worker, woken: &mut Vec<u32>) {
         let index = worker.work.next().expect("a rank that is busy has work");
-        worker.busy = false;
-        self.push(rank, Op::Work(index));
+        if !worker.listed {
+            self.push(rank, Op::Work(index));
+        }
+        (worker.busy, worker.listed) = (false, false);
         let (resources, work) = (self.resources, self.script.works[index as usize]);
         resources.touch_work(&work, |resource, access| self.ledger.settle(resource, access));
         resources.touch_work(&work, |resource, access| {

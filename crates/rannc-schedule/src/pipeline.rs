@@ -6,7 +6,7 @@ use std::fmt;
 use rannc_graph::Affine;
 use serde::{Deserialize, Serialize};
 
-use crate::ScheduleError;
+use crate::{Pass, ScheduleError, Sharding};
 
 macro_rules! ids {
     ($($(#[$doc:meta])* $name:ident),*) => {$(
@@ -108,6 +108,9 @@ pub struct Stage {
     pub shares: Vec<u64>,
     /// Whether there is anything to differentiate in it.
     pub backward: bool,
+    /// What its replicas divide of its parameters, see [`Stage::is_joint`].
+    #[serde(default, skip_serializing_if = "Sharding::is_none")]
+    pub sharding: Sharding,
 }
 
 /// Parameters that exactly these ranks hold, and whose gradients they must add up.
@@ -121,10 +124,10 @@ pub struct GradientGroup {
     pub stages: Vec<StageId>,
     /// Size of all its gradients.
     pub bytes: u64,
-    /// Whether each rank keeps but a part of the sums. Then they are added up in every step: no rank has
-    /// room for the summands of several.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub divided: bool,
+    /// What the ranks divide of the parameters. If anything, each rank keeps but a part of the sums, and they
+    /// are added up in every step: no rank has room for the summands of several.
+    #[serde(default, skip_serializing_if = "Sharding::is_none")]
+    pub sharding: Sharding,
 }
 
 /// A model cut into stages and placed on ranks.
@@ -300,9 +303,10 @@ impl Pipeline {
         let due = match mode {
             Mode::Inference => false,
             Mode::Training => true,
-            Mode::Accumulation => group.divided,
-            Mode::Reduction => !group.divided,
+            Mode::Accumulation => !group.sharding.is_none(),
+            Mode::Reduction => group.sharding.is_none(),
         };
+        let due = due && group.sharding < Sharding::Gradients; // each backward does it
         due && (group.ranks.len() > 1 || beside == Beside::Others)
             && group.stages.iter().any(|stage| self.stages[stage.index()].backward)
     }
@@ -321,6 +325,16 @@ impl Pipeline {
 }
 
 impl Stage {
+    /// Whether all replicas run a pass of each microbatch together, those without rows, too: they gather
+    /// parameters that are divided, and add up gradients that are, while it runs.
+    pub fn is_joint(&self, pass: Pass) -> bool {
+        let least = match pass {
+            Pass::Forward => Sharding::Parameters,
+            Pass::Backward => Sharding::Gradients,
+        };
+        self.sharding >= least
+    }
+
     /// Whether every replica has the same share.
     pub fn shares_equally(&self) -> bool {
         self.shares.windows(2).all(|pair| pair[0] == pair[1])
@@ -411,10 +425,17 @@ fn refuse(problem: Option<String>, place: impl FnOnce() -> String) -> Result<(),
 mod tests {
     use rannc_graph::Affine;
 
-    use super::{Batch, Flow, GradientGroup, Pipeline, Place, RankId, Stage, StageId, Transport};
+    use super::{
+        Batch, Flow, GradientGroup, Pipeline, Place, RankId, Sharding, Stage, StageId, Transport,
+    };
 
     fn pipeline() -> Pipeline {
-        let stage = |rank| Stage { ranks: vec![RankId(rank)], shares: Vec::new(), backward: true };
+        let stage = |rank| Stage {
+            ranks: vec![RankId(rank)],
+            shares: Vec::new(),
+            backward: true,
+            sharding: Sharding::None,
+        };
         let flow = |value, from, to| Flow {
             value,
             transport: Transport::Split,
@@ -429,7 +450,7 @@ mod tests {
             ranks: vec![RankId(0), RankId(1)],
             stages: vec![StageId(0), StageId(1)],
             bytes: 4,
-            divided: false,
+            sharding: Sharding::None,
         };
         Pipeline {
             world_size: 2,
@@ -493,7 +514,8 @@ mod tests {
     fn shares_divide_rows() {
         let divide = |shares: &[u64], rows| {
             let ranks = vec![RankId(0), RankId(1), RankId(2)];
-            Stage { ranks, shares: shares.to_vec(), backward: true }.divide(rows)
+            Stage { ranks, shares: shares.to_vec(), backward: true, sharding: Sharding::None }
+                .divide(rows)
         };
         assert_eq!(divide(&[], 7), [2, 2, 3]);
         assert_eq!(divide(&[5, 5, 5], 7), [2, 2, 3]);

@@ -16,7 +16,7 @@
 //! on both, shares 3:1 a b | f        c d e | g
 //! ```
 
-use crate::{Batch, Pipeline, Place, RankId, RowRange, Stage, StageId};
+use crate::{Batch, Pass, Pipeline, Place, RankId, RowRange, Stage, StageId};
 
 /// The rows of one microbatch that one rank has at one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +127,21 @@ impl Layout {
         holdings.get(index)
     }
 
+    /// Who runs a pass of a microbatch through a stage, and on how many rows: the replicas that have rows,
+    /// or all of them where they run it together.
+    pub(crate) fn workers(
+        &self,
+        pipeline: &Pipeline,
+        stage: StageId,
+        microbatch: u32,
+        pass: Pass,
+    ) -> Vec<(RankId, u64)> {
+        let of = &pipeline.stages[stage.index()];
+        let rows = |&rank: &RankId| (rank, self.stage_rows(stage, microbatch, rank));
+        let all = of.ranks.iter().map(rows);
+        all.filter(|&(_, rows)| rows > 0 || of.is_joint(pass)).collect()
+    }
+
     /// How many rows a replica computes; 0 where it has no part in the microbatch.
     pub(crate) fn stage_rows(&self, stage: StageId, microbatch: u32, rank: RankId) -> u64 {
         self.holding(Place::Stage(stage), microbatch, rank).map_or(0, |holding| holding.rows.len())
@@ -209,11 +224,11 @@ pub(crate) fn overlaps(
 #[cfg(test)]
 mod tests {
     use super::{Holding, cut_microbatches, divide, overlaps};
-    use crate::{RankId, Stage};
+    use crate::{RankId, Sharding, Stage};
 
     fn stage(ranks: &[u32], shares: &[u64]) -> Stage {
         let ranks = ranks.iter().map(|&rank| RankId(rank)).collect();
-        Stage { ranks, shares: shares.to_vec(), backward: true }
+        Stage { ranks, shares: shares.to_vec(), backward: true, sharding: Sharding::None }
     }
 
     fn text(holdings: &[Holding]) -> String {

@@ -120,6 +120,8 @@ pub(crate) trait Observer {
     fn delivered(&mut self, number: u32, piece: &Move);
     /// A reduction ran on all its ranks.
     fn reduced(&mut self, op: Op, arrived: &[At]);
+    /// All replicas of a stage ran a pass of a microbatch together: the numbers of their work.
+    fn worked(&mut self, arrived: &[(At, u32)]);
 }
 
 /// Where every rank is in its list.
@@ -132,7 +134,7 @@ pub(crate) struct Run<'a> {
     steps: Vec<u32>,
     /// Per move, whether one end has run.
     half_done: Vec<bool>,
-    /// The ranks that wait in each gradient group, then in each reduced output.
+    /// The ranks that wait in each gradient group, then in each reduced output, then in each stage.
     arrived: Vec<Vec<At>>,
     /// Per rank, whether it waits in one.
     waits: Vec<bool>,
@@ -159,6 +161,7 @@ impl<'a> Run<'a> {
     ) -> Self {
         let lists = &script.passes[pass];
         let num_reductions = pipeline.gradient_groups.len() + pipeline.flows.len();
+        let num_meetings = num_reductions + pipeline.stages.len();
         Self {
             resources,
             pipeline,
@@ -166,7 +169,7 @@ impl<'a> Run<'a> {
             lists,
             steps: vec![0; lists.len()],
             half_done: vec![false; script.moves.len()],
-            arrived: vec![Vec::new(); num_reductions],
+            arrived: vec![Vec::new(); num_meetings],
             waits: vec![false; lists.len()],
         }
     }
@@ -210,8 +213,8 @@ impl<'a> Run<'a> {
         if !allowed {
             return Progress::Blocked;
         }
-        if let Op::ReduceGradients(_) | Op::ReduceOutput(_) = op {
-            return self.reduce(at, op, ledger, observer, woken);
+        if self.meeting(op).is_some() {
+            return self.meet_all(at, op, ledger, observer, woken);
         }
         self.steps[rank as usize] += 1;
         if !matches!(op, Op::Recv(_)) {
@@ -245,8 +248,8 @@ impl<'a> Run<'a> {
         woken.push(piece.to);
     }
 
-    /// A rank arrives at a reduction; the last one sets all free.
-    fn reduce(
+    /// A rank arrives at what it does together with others; the last one sets all free.
+    fn meet_all(
         &mut self,
         at: At,
         op: Op,
@@ -254,35 +257,72 @@ impl<'a> Run<'a> {
         observer: &mut impl Observer,
         woken: &mut Vec<u32>,
     ) -> Progress {
-        let (index, needed) = self.reduction(op);
-        let arrived = &mut self.arrived[index];
-        if !std::mem::replace(&mut self.waits[at.rank as usize], true) {
-            arrived.push(at);
+        let (index, needed) = self.meeting(op).expect("others take part");
+        if self.arrived[index].first().is_some_and(|&first| !self.is_same(self.op(first), op)) {
+            return Progress::Blocked; // the others are at another microbatch: they never meet
         }
-        if arrived.len() < needed {
+        if !std::mem::replace(&mut self.waits[at.rank as usize], true) {
+            self.arrived[index].push(at);
+        }
+        if self.arrived[index].len() < needed {
             return Progress::Blocked;
         }
-        let mut arrived = std::mem::take(arrived);
+        let mut arrived = std::mem::take(&mut self.arrived[index]);
         arrived.sort_unstable();
-        for at in &arrived {
+        let ops: Vec<Op> = arrived.iter().map(|&at| self.op(at)).collect();
+        for (at, &op) in arrived.iter().zip(&ops) {
             self.touch(at.rank, op, |resource, access| ledger.settle(resource, access));
             self.steps[at.rank as usize] += 1;
             self.waits[at.rank as usize] = false;
             woken.push(at.rank);
         }
-        observer.reduced(op, &arrived);
+        let work = |(&at, op): (&At, &Op)| match *op {
+            Op::Work(number) => Some((at, number)),
+            _ => None,
+        };
+        match arrived.iter().zip(&ops).map(work).collect::<Option<Vec<_>>>() {
+            Some(works) => observer.worked(&works),
+            None => observer.reduced(op, &arrived),
+        }
         Progress::Ran
     }
 
-    /// The number of a reduction, and how many ranks take part.
-    fn reduction(&self, op: Op) -> (usize, usize) {
-        let groups = &self.pipeline.gradient_groups;
-        match op {
-            Op::ReduceGradients(group) => (group as usize, groups[group as usize].ranks.len()),
-            Op::ReduceOutput(flow) => {
-                (groups.len() + flow as usize, self.pipeline.world_size as usize)
+    fn op(&self, at: At) -> Op {
+        self.lists[at.rank as usize][at.step as usize]
+    }
+
+    /// Whether two ranks that meet mean the same.
+    fn is_same(&self, one: Op, other: Op) -> bool {
+        match (one, other) {
+            (Op::Work(one), Op::Work(other)) => {
+                let kind = |number: u32| {
+                    let work = &self.script.works[number as usize];
+                    (work.pass, work.stage, work.microbatch)
+                };
+                kind(one) == kind(other)
             }
-            _ => unreachable!("only reductions wait for other ranks"),
+            _ => true,
+        }
+    }
+
+    /// The number of a reduction, or of a stage whose replicas work together, and how many ranks take part.
+    fn meeting(&self, op: Op) -> Option<(usize, usize)> {
+        let groups = &self.pipeline.gradient_groups;
+        let num_reductions = groups.len() + self.pipeline.flows.len();
+        match op {
+            Op::ReduceGradients(group) => {
+                Some((group as usize, groups[group as usize].ranks.len()))
+            }
+            Op::ReduceOutput(flow) => {
+                Some((groups.len() + flow as usize, self.pipeline.world_size as usize))
+            }
+            Op::Work(number) => {
+                let work = &self.script.works[number as usize];
+                let stage = &self.pipeline.stages[work.stage.index()];
+                let index = num_reductions + work.stage.index();
+                stage.is_joint(work.pass).then_some((index, stage.ranks.len()))
+            }
+            Op::Send(_) | Op::Recv(_) | Op::Copy(_) => None,
         }
     }
 }

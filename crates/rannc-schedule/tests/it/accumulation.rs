@@ -2,7 +2,9 @@
 
 use insta::assert_snapshot;
 use proptest::prelude::*;
-use rannc_schedule::{Action, Mode, Pipeline, Program, ScheduleKind, check, compile, listing};
+use rannc_schedule::{
+    Action, Mode, Pipeline, Program, ScheduleKind, Sharding, check, compile, listing,
+};
 
 use crate::pipelines::{Case, batch, cases, chain};
 
@@ -24,7 +26,7 @@ fn reductions(program: &Program) -> Vec<(u32, usize)> {
 
 fn replicas() -> Pipeline {
     let mut pipeline = chain(3, &[&[0, 1], &[0, 1, 2]]);
-    pipeline.gradient_groups[1].divided = true;
+    pipeline.gradient_groups[1].sharding = Sharding::Optimizer;
     pipeline
 }
 
@@ -62,8 +64,12 @@ proptest! {
     #[test]
     fn what_a_step_leaves_is_reduced_later(case in cases(), divided in any::<u32>()) {
         let Case { mut pipeline, batch, schedule, .. } = case;
+        for stage in &mut pipeline.stages {
+            stage.sharding = Sharding::None;
+        }
         for (index, group) in pipeline.gradient_groups.iter_mut().enumerate() {
-            group.divided = divided >> index & 1 == 1;
+            group.sharding =
+                if divided >> index & 1 == 1 { Sharding::Optimizer } else { Sharding::None };
         }
         let of = |mode| reductions(&compile(&pipeline, &batch, schedule, mode).unwrap());
         let mut both = [of(Mode::Accumulation), of(Mode::Reduction)].concat();

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 use proptest::sample::subsequence;
 use rannc_graph::Affine;
 use rannc_schedule::{
-    Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, ScheduleKind, Stage, StageId,
-    Transport,
+    Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, ScheduleKind, Sharding, Stage,
+    StageId, Transport,
 };
 
 pub(crate) fn stage(index: u32) -> Place {
@@ -34,13 +34,14 @@ pub(crate) fn chain(world_size: u32, replicas: &[&[u32]]) -> Pipeline {
         ranks: ranks(list),
         shares: Vec::new(),
         backward: true,
+        sharding: Sharding::None,
     });
     let groups = replicas.iter().zip(0..).map(|(list, id)| GradientGroup {
         id,
         ranks: ranks(list),
         stages: vec![StageId(id)],
         bytes: 100,
-        divided: false,
+        sharding: Sharding::None,
     });
     Pipeline { world_size, stages: stages.collect(), flows, gradient_groups: groups.collect() }
 }
@@ -59,13 +60,14 @@ pub(crate) struct Case {
 }
 
 /// Everything at once: stages that share ranks or have none in common, uneven shares, idle ranks, ranks
-/// and replicas without rows, values over several stages, all transports, missing gradients, tied parameters.
+/// and replicas without rows, sharding, values over several stages, all transports, missing gradients, tied parameters.
 pub(crate) fn cases() -> impl Strategy<Value = Case> {
     (1..=5u32, 1..=5usize).prop_flat_map(|(world_size, num_stages)| {
         let all: Vec<u32> = (0..world_size).collect();
         let most = all.len().min(4);
         let shares = prop_oneof![Just(Vec::new()), prop::collection::vec(1..6u64, most)];
-        let stage = (subsequence(all, 1..=most), shares, prop::bool::weighted(0.85));
+        let level = prop_oneof![2 => Just(0), 1 => 1..Sharding::ALL.len()];
+        let stage = (subsequence(all, 1..=most), shares, prop::bool::weighted(0.85), level);
         let flow = (0..3u8, 0..num_stages, any::<u32>(), prop::bool::weighted(0.8));
         (
             prop::collection::vec(stage, num_stages),
@@ -82,15 +84,19 @@ fn modes() -> impl Strategy<Value = Mode> {
 }
 
 fn case(
-    stages: &[(Vec<u32>, Vec<u64>, bool)],
+    stages: &[(Vec<u32>, Vec<u64>, bool, usize)],
     extra: &[(u8, usize, u32, bool)],
     mut rows: Vec<u64>,
     (gather, microbatches, interleaved, mode): (bool, u64, bool, Mode),
 ) -> Case {
     let lists: Vec<&[u32]> = stages.iter().map(|(ranks, ..)| ranks.as_slice()).collect();
     let mut pipeline = chain(u32::try_from(rows.len()).unwrap(), &lists);
-    for (stage, (ranks, shares, backward)) in pipeline.stages.iter_mut().zip(stages) {
+    let groups = pipeline.gradient_groups.iter_mut();
+    for ((stage, group), (ranks, shares, backward, level)) in
+        pipeline.stages.iter_mut().zip(groups).zip(stages)
+    {
         stage.backward = *backward;
+        (stage.sharding, group.sharding) = (Sharding::ALL[*level], Sharding::ALL[*level]);
         stage.shares = shares.iter().copied().take(ranks.len()).collect();
     }
     for &(kind, from, to, gradient) in extra {
@@ -157,6 +163,6 @@ fn tie(pipeline: &mut Pipeline) {
         ranks: shared,
         stages,
         bytes: 8,
-        divided: false,
+        sharding: Sharding::None,
     });
 }

@@ -1,7 +1,7 @@
 //! Random pipelines: what every program must be.
 
 use proptest::prelude::*;
-use rannc_schedule::{Action, Program, RankId, check, compile};
+use rannc_schedule::{Action, Pass, Program, RankId, check, compile};
 
 use crate::interpreter::Interpreter;
 use crate::pipelines::{Case, cases};
@@ -9,6 +9,21 @@ use crate::pipelines::{Case, cases};
 pub(crate) fn program(case: &Case) -> Program {
     let program = compile(&case.pipeline, &case.batch, case.schedule, case.mode);
     program.unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn pass(action: &Action) -> Pass {
+    if matches!(action, Action::Backward { .. }) { Pass::Backward } else { Pass::Forward }
+}
+
+/// What replicas that run a stage together have in common.
+fn without_rows(action: Action) -> Action {
+    match action {
+        Action::Forward { stage, microbatch, .. } => Action::Forward { stage, microbatch, rows: 0 },
+        Action::Backward { stage, microbatch, .. } => {
+            Action::Backward { stage, microbatch, rows: 0 }
+        }
+        other => other,
+    }
 }
 
 /// Whether the lists of a pass run to the end if every send waits for its receive and no receive is posted
@@ -34,11 +49,18 @@ fn meets(lists: &[Vec<Action>], case: &Case) -> bool {
                     group.ranks.iter().map(|rank: &RankId| rank.index()).collect()
                 }
                 Action::ReduceOutput { .. } => (0..lists.len()).collect(),
+                Action::Forward { stage, .. } | Action::Backward { stage, .. }
+                    if case.pipeline.stages[stage.index()].is_joint(pass(&action)) =>
+                {
+                    let ranks = &case.pipeline.stages[stage.index()].ranks;
+                    ranks.iter().map(|rank| rank.index()).collect()
+                }
                 _ => vec![rank],
             };
-            let reduces =
-                matches!(action, Action::ReduceGradients { .. } | Action::ReduceOutput { .. });
-            if reduces && together.iter().any(|&rank| head(rank, &steps) != Some(action)) {
+            let meets = |other: usize| head(other, &steps).map(without_rows);
+            let transfers = matches!(action, Action::Send { .. }); // the receiver was looked at
+            let meet = |&other: &usize| meets(other) == Some(without_rows(action));
+            if !transfers && !together.iter().all(meet) {
                 continue;
             }
             for rank in together {

@@ -1,6 +1,6 @@
 //! Large programs stay fast enough to be written at every new batch shape.
 
-use rannc_schedule::{Mode, Place, RankId, ScheduleKind, Stage, Transport, compile};
+use rannc_schedule::{Mode, Place, RankId, ScheduleKind, Sharding, Stage, Transport, compile};
 
 use crate::pipelines::{batch, chain, flow, stage};
 
@@ -29,6 +29,7 @@ fn a_thousand_ranks() {
             ranks: (first..first + 128).map(RankId).collect(),
             shares: Vec::new(),
             backward: true,
+            sharding: Sharding::None,
         };
         pipeline.gradient_groups[index].ranks.clone_from(&stage.ranks);
     }

@@ -330,7 +330,7 @@ impl<'a> Pricer<'a> {
         let mut best: Option<Attempt> = None;
         let mut full = 0;
         for &level in &Sharding::ALL[..=count] {
-            let plain = self.over_limit(run, shares, in_flight, level, replicas, None);
+            let plain = self.over_limit(run, shares, in_flight, level, replicas);
             let found = match plain {
                 None => self.attempt_with(run, shares, in_flight, level, replicas, Vec::new()),
                 Some(class) if self.setting.recompute => {
@@ -369,16 +369,12 @@ impl<'a> Pricer<'a> {
         in_flight: u64,
         level: Sharding,
         replicas: usize,
-        kept: Option<&Kept>,
     ) -> Option<usize> {
-        let over = shares.iter().enumerate().find(|(index, share)| {
-            let mut sizes = self.sizes(run, &share.facts);
-            if let Some(kept) = kept {
-                (sizes.saved, sizes.working) = kept.saved_and_working(*index, sizes.working);
-            }
+        let over = shares.iter().find(|share| {
+            let sizes = self.sizes(run, &share.facts);
             self.memory(&sizes, in_flight, level, replicas) > self.setting.limits[share.class]
         });
-        over.map(|(_, share)| share.class)
+        over.map(|share| share.class)
     }
 
     /// The fewest blocks, most rewarding first, that must be computed again for all to fit.
@@ -391,21 +387,33 @@ impl<'a> Pricer<'a> {
         replicas: usize,
     ) -> Result<Vec<usize>, usize> {
         let inside = shares[0].facts.repeat_order(self.runs, run);
-        let fits = |count: usize| {
-            let mut kept = Kept::new(self, run, shares);
-            for &block in &inside[..count] {
-                kept.repeat(block);
-            }
-            self.over_limit(run, shares, in_flight, level, replicas, Some(&kept))
+        // By share, what is kept with the first so many of them computed again.
+        let mut kept = Kept::new(self, run, shares);
+        let mut kept_with = Vec::with_capacity((inside.len() + 1) * shares.len());
+        kept_with.extend_from_slice(&kept.saved);
+        for &block in &inside {
+            kept.repeat(block);
+            kept_with.extend_from_slice(&kept.saved);
+        }
+        let sizes: Vec<StageSizes> =
+            shares.iter().map(|share| self.sizes(run, &share.facts)).collect();
+        let over_limit = |count: usize| {
+            let kept = &kept_with[count * shares.len()..];
+            let over = shares.iter().zip(&sizes).zip(kept).find(|((share, sizes), kept)| {
+                let (saved, working) = saved_and_working(**kept, sizes.working);
+                let sizes = StageSizes { saved, working, ..**sizes };
+                self.memory(&sizes, in_flight, level, replicas) > self.setting.limits[share.class]
+            });
+            over.map(|((share, _), _)| share.class)
         };
         // More blocks need less memory, but for the workspace of the largest: look at the end first.
-        if let Some(class) = fits(inside.len()) {
+        if let Some(class) = over_limit(inside.len()) {
             return Err(class);
         }
         let (mut too_few, mut enough) = (0, inside.len());
         while too_few + 1 < enough {
             let middle = too_few.midpoint(enough);
-            if fits(middle).is_none() { enough = middle } else { too_few = middle }
+            if over_limit(middle).is_none() { enough = middle } else { too_few = middle }
         }
         Ok(inside[..enough].to_vec())
     }
@@ -437,7 +445,7 @@ impl<'a> Pricer<'a> {
             cost.backward_ns = cost.backward_ns.max(backward.saturating_add(again));
             let mut sizes = self.sizes(run, &share.facts);
             if let Some(kept) = &kept {
-                (sizes.saved, sizes.working) = kept.saved_and_working(index, sizes.working);
+                (sizes.saved, sizes.working) = saved_and_working(kept.saved[index], sizes.working);
             }
             cost.bytes = cost.bytes.max(self.memory(&sizes, in_flight, level, replicas));
         }
@@ -532,10 +540,9 @@ impl<'a> Kept<'a> {
         }
         self.is_repeated[at] = true;
     }
+}
 
-    /// What is saved for each microbatch, and a workspace that has room for the block at hand.
-    fn saved_and_working(&self, share: usize, working: u64) -> (u64, u64) {
-        let (saved, moment) = self.saved[share];
-        (saved, working.saturating_add(moment))
-    }
+/// What is saved for each microbatch, and a workspace that has room for the block at hand.
+fn saved_and_working((saved, moment): (u64, u64), working: u64) -> (u64, u64) {
+    (saved, working.saturating_add(moment))
 }

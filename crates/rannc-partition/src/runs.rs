@@ -3,16 +3,20 @@
 //! What belongs to one block is added up along the run. What several blocks may share (parameters,
 //! cloned operators, values that cross borders) is counted once for each run: where a run that
 //! starts at some block first meets it.
+//!
+//! Models repeat layers, so that many runs are alike: these have one *form*, and prices found for one of
+//! them hold for all.
 
 use fixedbitset::FixedBitSet;
 use rannc_cost::{CostModel, is_trained};
 use rannc_graph::{Affine, Graph, NodeId, Value};
+use rustc_hash::FxHashMap;
 
 use crate::storage::written_storages;
 use crate::{Atoms, Blocks};
 
 /// What a run of blocks amounts to, whatever its replicas.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Run {
     /// Forward and backward time of the cloned operators.
     pub(crate) clones_ns: (u64, u64),
@@ -37,7 +41,7 @@ pub(crate) struct Run {
 }
 
 /// What one block amounts to by itself.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct BlockFacts {
     /// How many operators of each kind it has, cloned ones left out.
     pub(crate) kinds: Vec<(usize, u64)>,
@@ -57,7 +61,10 @@ pub(crate) struct BlockFacts {
 #[derive(Debug)]
 pub(crate) struct Runs {
     pub(crate) blocks: Vec<BlockFacts>,
-    runs: Vec<Run>,
+    /// The *form* of each run: runs of equal blocks that amount to the same have one form.
+    forms: Vec<u32>,
+    /// What runs of each form amount to.
+    by_form: Vec<Run>,
 }
 
 impl Runs {
@@ -75,15 +82,24 @@ impl Runs {
     ) -> Self {
         let facts = Facts::new(graph, atoms, blocks, costs, batch_rows);
         let num_blocks = blocks.len();
-        let mut runs = Vec::with_capacity(num_blocks * (num_blocks + 1) / 2);
+        let alike = numbered(&facts.blocks);
+        let mut forms = Vec::with_capacity(num_blocks * (num_blocks + 1) / 2);
+        let mut by_form: Vec<Run> = Vec::new();
+        // By the form of all blocks but the last, the last block, and the sums.
+        let mut known: FxHashMap<(Option<u32>, u32, Run), u32> = FxHashMap::default();
         for start in 0..num_blocks {
-            let mut run = Run::default();
-            for end in start + 1..=num_blocks {
-                facts.extend(&mut run, start, end - 1);
-                runs.push(run);
+            let (mut run, mut before) = (Run::default(), None);
+            for block in start..num_blocks {
+                facts.extend(&mut run, start, block);
+                let form = *known.entry((before, alike[block], run)).or_insert_with(|| {
+                    by_form.push(run);
+                    by_form.len() as u32 - 1
+                });
+                forms.push(form);
+                before = Some(form);
             }
         }
-        Self { blocks: facts.blocks, runs }
+        Self { blocks: facts.blocks, forms, by_form }
     }
 
     pub(crate) fn num_blocks(&self) -> usize {
@@ -91,12 +107,29 @@ impl Runs {
     }
 
     pub(crate) fn get(&self, start: usize, end: usize) -> &Run {
-        &self.runs[run_index(self.num_blocks(), start, end)]
+        &self.by_form[self.form(start, end) as usize]
+    }
+
+    /// The form of a run: runs of one form take the same times and bytes on the same devices.
+    pub(crate) fn form(&self, start: usize, end: usize) -> u32 {
+        self.forms[run_index(self.num_blocks(), start, end)]
     }
 }
 
+/// For each block a number that equal blocks share.
+fn numbered(blocks: &[BlockFacts]) -> Vec<u32> {
+    let mut known: FxHashMap<&BlockFacts, u32> = FxHashMap::default();
+    blocks
+        .iter()
+        .map(|block| {
+            let next = known.len() as u32;
+            *known.entry(block).or_insert(next)
+        })
+        .collect()
+}
+
 /// The position of a run of blocks when runs are listed by start, then end.
-pub(crate) fn run_index(num_blocks: usize, start: usize, end: usize) -> usize {
+fn run_index(num_blocks: usize, start: usize, end: usize) -> usize {
     start * num_blocks - start * start.saturating_sub(1) / 2 + (end - start - 1)
 }
 

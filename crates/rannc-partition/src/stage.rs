@@ -31,7 +31,6 @@ use rustc_hash::FxHashMap;
 
 use crate::layout::Layout;
 use crate::price::{Pricer, StageCost, StageDetails};
-use crate::runs::run_index;
 
 /// Finding out what to give up so that a stage fits takes as long as pricing so many that fit.
 const SEARCHED: u64 = 32;
@@ -43,13 +42,14 @@ pub(crate) struct Problem<'a> {
     pub(crate) schedule: ScheduleKind,
     /// For the blocks before each: device time and time of one microbatch at best.
     pub(crate) remaining: &'a [(u64, u64)],
-    prices: RefCell<FxHashMap<(usize, usize, u64), Option<StageCost>>>,
+    /// By form of the run, set of devices and microbatches in flight.
+    prices: RefCell<FxHashMap<(u32, usize, u64), Option<StageCost>>>,
     /// A time that no microbatch passes the whole model and back in less.
     pub(crate) least_sum: u64,
     /// How often a stage was priced.
     pub(crate) priced: Cell<u64>,
-    /// How many units a run with some microbatches in flight needs to keep within a time.
-    pub(crate) enough: RefCell<FxHashMap<(usize, u64, u64), usize>>,
+    /// How many units a run of some form with some microbatches in flight needs to keep within a time.
+    pub(crate) enough: RefCell<FxHashMap<(u32, u64, u64), usize>>,
 }
 
 /// A division into stages.
@@ -248,20 +248,17 @@ impl<'a> Problem<'a> {
     pub(crate) fn price(&self, blocks: Range2, units: Range2, in_flight: u64) -> Option<StageCost> {
         self.priced.set(self.priced.get() + 1);
         let set = self.layout.set_id(units.0, units.1);
-        let run = run_index(self.num_blocks(), blocks.0, blocks.1);
         if let Some(plain) = self.pricer.price_plain(blocks, self.layout.set(set), in_flight) {
             return Some(plain);
         }
         if self.pricer.is_hopeless(blocks) {
             return None;
         }
-        let price = |in_flight: u64| {
-            *self.prices.borrow_mut().entry((run, set, in_flight)).or_insert_with(|| {
-                self.priced.set(self.priced.get() + SEARCHED);
-                self.pricer.price(blocks, self.layout.set(set), in_flight)
-            })
-        };
-        price(in_flight)
+        let key = (self.pricer.runs.form(blocks.0, blocks.1), set, in_flight);
+        *self.prices.borrow_mut().entry(key).or_insert_with(|| {
+            self.priced.set(self.priced.get() + SEARCHED);
+            self.pricer.price(blocks, self.layout.set(set), in_flight)
+        })
     }
 
     pub(crate) fn details(

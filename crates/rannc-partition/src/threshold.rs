@@ -9,7 +9,6 @@
 //! The result is not proved to be the best. What is lost against [`Problem::exact`] is that each
 //! state keeps one division, and that a stage tries only some numbers of units.
 
-use crate::runs::run_index;
 use crate::stage::{Division, Label, Problem, Range2};
 
 /// The times to look at, as parts of the least in hundredths.
@@ -220,7 +219,7 @@ impl Problem<'_> {
             return Some(1);
         }
         // Mostly as many as at other places.
-        let key = (run_index(self.num_blocks(), blocks.0, blocks.1), in_flight, time);
+        let key = (self.pricer.runs.form(blocks.0, blocks.1), in_flight, time);
         let known = self.enough.borrow().get(&key).copied();
         if let Some(known) = known.filter(|&known| known <= most)
             && within(known)

@@ -73,3 +73,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn runs_of_equal_layers_have_one_form() {
+    let graph = testing::chain(24, 8);
+    let atoms = Atoms::new(&graph);
+    let cluster = Cluster::parse("cpu").unwrap();
+    let costs = AnalyticCosts::new(&graph, &cluster.devices[0]);
+    let blocks = Blocks::new(&graph, &atoms, &costs, 8, 12);
+    let runs = Runs::new(&graph, &atoms, &blocks, &costs, 8);
+    assert_eq!(runs.form(2, 4), runs.form(7, 9));
+    assert_ne!(runs.form(2, 4), runs.form(2, 5));
+}

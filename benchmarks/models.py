@@ -62,15 +62,23 @@ def bert_100b() -> Call:
 
 
 def gpt_1t() -> Call:
-    """GPT with 128 layers of width 25600: 1 T parameters."""
+    """GPT with 128 layers of width 25600: 1 T parameters, in bfloat16 and without dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=_GPT_VOCABULARY, n_positions=2048, n_embd=25600, n_layer=128, n_head=160
+        vocab_size=_GPT_VOCABULARY,
+        n_positions=2048,
+        n_embd=25600,
+        n_layer=128,
+        n_head=160,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     config.use_cache = False
     tokens = torch.zeros(_ROWS, 2048, dtype=torch.long)
-    return GPT2LMHeadModel(config), (), {"input_ids": tokens, "labels": tokens.clone()}
+    model = _LossOnly(GPT2LMHeadModel(config).to(torch.bfloat16))
+    return model, (), {"input_ids": tokens, "labels": tokens.clone()}
 
 
 def llama_70b() -> Call:
@@ -155,10 +163,10 @@ def _bert(*, hidden: int, layers: int, heads: int, tokens: int = 512) -> Call:
         "labels": ids.clone(),
         "next_sentence_label": torch.zeros(_ROWS, dtype=torch.long),
     }
-    return _FirstOutput(BertForPreTraining(config)), (), kwargs
+    return _LossOnly(BertForPreTraining(config)), (), kwargs
 
 
-class _FirstOutput(nn.Module):
+class _LossOnly(nn.Module):
     """A transformers model that gives its loss only: its logits need not leave their stage."""
 
     def __init__(self, model: nn.Module) -> None:

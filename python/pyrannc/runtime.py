@@ -207,7 +207,7 @@ class Runtime:
             step.buffers.finish(self.comm, variant.executor.stages, ranks)
         outputs = self._outputs(variant, step)
         if arrival.training:
-            inner = [not tensor.is_leaf for tensor in given]
+            inner = [_comes_from_a_model(tensor) for tensor in given]
             finish = _Finish(self, variant, program, step, arrival, inner, reduce, scale)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
@@ -668,9 +668,9 @@ class _Finish:
     def _input_gradient(
         self, value: int, scale: torch.Tensor | None, *, inner: bool
     ) -> torch.Tensor | None:
-        """A leaf's is that of the global loss, as on one device.
+        """That of the global loss, as on one device.
 
-        What was computed by this rank, perhaps by another wrapped model, gets the gradient of this
+        But what another wrapped model gave, which will weight it anew, gets the gradient of this
         rank's own mean, which is what outputs are given: see `_weighted`.
         """
         info = self.variant.executor.values[value]
@@ -704,6 +704,22 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.finish.backward(ctx.values, seeds)
         return (None, None, None, None, *gradients)
+
+
+def _comes_from_a_model(tensor: torch.Tensor) -> bool:
+    """Whether a wrapped model's output is among what the tensor was computed from."""
+    waiting = [tensor.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if type(node).__name__ == f"{_Boundary.__name__}Backward":
+            return True
+        following = {before for before, _ in node.next_functions} - seen
+        seen |= following
+        waiting += following
+    return False
 
 
 def _refuse_transforms() -> None:

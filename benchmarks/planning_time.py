@@ -34,6 +34,7 @@ class Case:
         batch: rows of the global batch.
         target_s: the time that capturing and planning may take.
         original: how long the original took, as its documentation says.
+        sharding: the most that replicas may divide.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Case:
     batch: int
     target_s: int
     original: str = ""
+    sharding: str = "none"
 
 
 CASES = {
@@ -49,7 +51,7 @@ CASES = {
     "resnet152x8": Case("resnet152x8", "v100-32gb:4x8", 1024, 10, "3 h"),
     "bert_100b_256": Case("bert_100b", "a100-40gb:32x8", 1024, 20),
     "bert_100b_1024": Case("bert_100b", "a100-40gb:128x8", 4096, 20),
-    "gpt_1t": Case("gpt_1t", "h100-80gb:384x8", 3072, 60),
+    "gpt_1t": Case("gpt_1t", "h100-80gb:384x8", 3072, 60, sharding="optimizer"),
 }
 
 
@@ -164,7 +166,7 @@ def planned(graph: Any, case: Case) -> str:
     from pyrannc import DoesNotFitError, _core
 
     try:
-        plan = _core.plan(graph, case.cluster, batch_size=case.batch)
+        plan = _core.plan(graph, case.cluster, batch_size=case.batch, sharding=case.sharding)
     except DoesNotFitError as error:
         return f"none: {error.message}"
     stages = [len(stage["ranks"]) for stage in json.loads(plan.to_json())["stages"]]

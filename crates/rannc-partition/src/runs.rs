@@ -89,9 +89,9 @@ impl Runs {
         let mut known: FxHashMap<(Option<u32>, u32, Run), u32> = FxHashMap::default();
         for start in 0..num_blocks {
             let (mut run, mut before) = (Run::default(), None);
-            for block in start..num_blocks {
+            for (block, &alike) in alike.iter().enumerate().skip(start) {
                 facts.extend(&mut run, start, block);
-                let form = *known.entry((before, alike[block], run)).or_insert_with(|| {
+                let form = *known.entry((before, alike, run)).or_insert_with(|| {
                     by_form.push(run);
                     by_form.len() as u32 - 1
                 });

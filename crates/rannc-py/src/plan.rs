@@ -323,6 +323,7 @@ impl Placement {
     /// In training, gradients are added up between ranks unless `reduce` is false, and backward waits
     /// for the caller's gradients unless `seeded`, where the plan allows it.
     #[pyo3(signature = (rows, *, gather, training, reduce = true, seeded = true))]
+    #[allow(clippy::fn_params_excessive_bools, reason = "they are keywords in Python")]
     fn program(
         &self,
         rows: Vec<u64>,

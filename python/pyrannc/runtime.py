@@ -269,6 +269,14 @@ class Runtime:
             grad += ", their all-reduce delayed"
         told = self.comm.all_gather_objects(f"{signature} ({mode.describe(self.model)}, {grad})")
         lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+        called = (signature, grad, dataclasses.replace(mode, form=0).digest)
+        if len(set(self.comm.all_gather_objects(called))) == 1:
+            raise MismatchError(
+                "the ranks were given different models, or attributes or hooks of their models "
+                f"were changed differently:{lines}",
+                hint="build the same model with the same arguments on every rank, and change it "
+                "on all ranks together",
+            )
         raise MismatchError(
             "the ranks were called with different inputs; all must agree in everything but the "
             f"number of rows in the batch:{lines}",

@@ -28,6 +28,7 @@ from .companions import companions, synchronized_stages
 from .dropout import set_dropout
 from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
+from .finish import Finish, comes_from_a_model
 from .meeting import digest, meet
 from .norms import GradientNorm
 from .optimizer import check_element_wise, keep_part
@@ -207,8 +208,8 @@ class Runtime:
             step.buffers.finish(self.comm, variant.executor.stages, ranks)
         outputs = self._outputs(variant, step)
         if arrival.training:
-            inner = [_comes_from_a_model(tensor) for tensor in given]
-            finish = _Finish(self, variant, program, step, arrival, inner, reduce, scale)
+            inner = [comes_from_a_model(tensor) for tensor in given]
+            finish = Finish(self, variant, program, step, arrival, inner, reduce, scale)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
 
@@ -582,152 +583,6 @@ class Runtime:
     def whole_here(self) -> bool:
         """Whether this rank holds all of the model."""
         return not self._elsewhere and not any(name in self.sharding for name in self.parameters)
-
-
-@dataclass(slots=True)
-class _Finish:
-    """The backward half of one step, run when autograd reaches it."""
-
-    runtime: Runtime
-    variant: Variant
-    program: _core.Program
-    step: Step
-    arrival: Arrival
-    inner: list[bool]
-    reduced: bool
-    seeded_with: float
-    done: bool = False
-    weight_share: float | None = None
-
-    def attach(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Makes ``outputs`` require gradients, with this step's backward behind them."""
-        infos = self.variant.executor.values
-        values = list(dict.fromkeys(self.variant.graph.outputs))
-        tensors = dict(zip(self.variant.graph.outputs, outputs, strict=True))
-        differentiable = [value for value in values if infos[value].requires_grad]
-        if not differentiable:
-            return outputs
-        attached = _Boundary.apply(
-            self,
-            differentiable,
-            [tensors[value] for value in differentiable],
-            self.runtime._anchor,
-            *inputs,
-        )
-        tensors.update(zip(differentiable, attached, strict=True))
-        return [tensors[value] for value in self.variant.graph.outputs]
-
-    def backward(
-        self, values: list[int], seeds: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        """Runs the backward with the gradients of the outputs; returns those of the inputs."""
-        if torch.is_grad_enabled():
-            raise RaNNCError(
-                "a derivative of a gradient was asked for (`create_graph=True`), but what has run "
-                "on several ranks can be differentiated only once",
-                hint="compute such a penalty with a model that is not wrapped, or by finite "
-                "differences",
-            )
-        if self.done:
-            raise RaNNCError(
-                "backward was called twice for one forward; "
-                "its activations are gone after the first",
-                hint="call the model again before the second backward, or add the losses and call "
-                "backward once",
-            )
-        self.done = True
-        self.weight_share, self.runtime.weight_share = self.runtime.weight_share, None
-        if self.variant.has_half:
-            self.runtime.loss_scale.note(float(seeds[0]) if seeds[0].dim() == 0 else 1.0)
-        scale = seeds[0] / self.seeded_with if self.program.fused else None
-        if scale is None:
-            for value, seed in zip(values, seeds, strict=True):
-                self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
-            self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
-        if self.runtime.wanted():
-            self.runtime.accumulation.prepare(
-                self.step.gradients, self.variant.reduction, reduced=self.reduced
-            )
-            self.runtime.publish(self.step.gradients, scale)
-            if not self.arrival.delayed:
-                self.runtime.accumulation.reduce()
-        return [
-            self._input_gradient(value, scale, inner=inner)
-            for value, inner in zip(self.variant.graph.inputs, self.inner, strict=True)
-        ]
-
-    def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
-        """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
-        share = self._share(value)
-        if share == 0:  # a mean of nothing, whose gradient may be no number
-            return torch.zeros_like(seed, memory_format=torch.contiguous_format)
-        return seed.contiguous() if share == 1 else seed * share
-
-    def _share(self, value: int) -> float:
-        """What a mean over this rank's rows counts for in the mean over all."""
-        info = self.variant.executor.values[value]
-        rows = self.arrival.rows[self.runtime.comm.rank]
-        if info.transport != "split" or self.runtime.loss_reduction == "sum":
-            return 1
-        if self.weight_share is not None:
-            return self.weight_share
-        return 1 if rows == 0 else rows / self.arrival.total
-
-    def _input_gradient(
-        self, value: int, scale: torch.Tensor | None, *, inner: bool
-    ) -> torch.Tensor | None:
-        """That of the global loss, as on one device.
-
-        But what another wrapped model gave, which will weight it anew, gets the gradient of this
-        rank's own mean, which is what outputs are given: see `_weighted`.
-        """
-        info = self.variant.executor.values[value]
-        if not info.requires_grad:
-            return None
-        gradient = self.variant.executor.collect(self.step, Slot.source(value, gradient=True))
-        if gradient is None:
-            rank = self.runtime.comm.rank
-            return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)
-        gradient = gradient if scale is None else gradient * scale
-        return gradient / (self._share(value) or 1) if inner else gradient
-
-
-class _Boundary(torch.autograd.Function):
-    """Where the user's autograd graph ends and the pipeline begins."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        finish: _Finish,
-        values: list[int],
-        outputs: list[torch.Tensor],
-        anchor: torch.Tensor,  # noqa: ARG004 - what makes the outputs differentiable
-        *inputs: torch.Tensor,  # noqa: ARG004 - what backward answers for
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.finish = finish
-        ctx.values = values
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = ctx.finish.backward(ctx.values, seeds)
-        return (None, None, None, None, *gradients)
-
-
-def _comes_from_a_model(tensor: torch.Tensor) -> bool:
-    """Whether a wrapped model's output is among what the tensor was computed from."""
-    waiting = [tensor.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if type(node).__name__ == f"{_Boundary.__name__}Backward":
-            return True
-        following = {before for before, _ in node.next_functions} - seen
-        seen |= following
-        waiting += following
-    return False
 
 
 def _refuse_transforms() -> None:

@@ -9,6 +9,7 @@ use crate::depend::Resources;
 use crate::fold::fold;
 use crate::generate::generate;
 use crate::lower::{lower, program};
+use crate::outline::Outline;
 use crate::pipeline::Beside;
 use crate::render;
 use crate::route::transfers;
@@ -50,6 +51,26 @@ pub fn estimate(
     let short = step.play(&timing, memory)?;
     let ranks = folded.like.iter().map(|rank| short.ranks[rank.index()]);
     Ok(Estimate { makespan_ns: short.makespan_ns, ranks: ranks.collect() })
+}
+
+/// Roughly how long a step takes: its simulation with one rank in place of the replicas of each stage.
+/// None where that would not be a rank's work, see the module `outline`.
+///
+/// # Complexity
+///
+/// That of simulating stages x microbatches, however many replicas there are.
+pub fn roughly_ns(
+    pipeline: &Pipeline,
+    batch: &Batch,
+    schedule: ScheduleKind,
+    mode: Mode,
+    timing: &dyn Timing,
+) -> Result<Option<u64>, ScheduleError> {
+    validate(pipeline, batch, schedule, mode)?;
+    let Some(outline) = Outline::new(pipeline, batch, timing) else { return Ok(None) };
+    let Outline { pipeline, batch, .. } = &outline;
+    let step = Step { pipeline, batch, schedule, mode, beside: Beside::Others };
+    Ok(Some(step.play(&outline, &outline)?.makespan_ns))
 }
 
 /// What is simulated.

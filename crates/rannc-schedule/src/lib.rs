@@ -24,6 +24,7 @@ mod estimate;
 mod fold;
 mod generate;
 mod lower;
+mod outline;
 mod pipeline;
 mod pool;
 mod render;
@@ -39,7 +40,7 @@ pub use chart::{chrome_trace, timeline_text};
 pub use check::check;
 pub use compile::compile;
 pub use error::ScheduleError;
-pub use estimate::{Estimate, estimate};
+pub use estimate::{Estimate, estimate, roughly_ns};
 pub use fold::{Folded, fold};
 pub use pipeline::{
     Batch, Flow, GradientGroup, Mode, Pipeline, Place, RankId, Stage, StageId, Transport,

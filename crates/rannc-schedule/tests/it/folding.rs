@@ -5,7 +5,7 @@ use rannc_cost::Cluster;
 use rannc_graph::Affine;
 use rannc_schedule::{
     Batch, Estimate, GradientGroup, Memory, Mode, Place, RankId, ScheduleKind, Stage, StageId,
-    Timing, Transport, compile, estimate, fold, simulate,
+    Timing, Transport, compile, estimate, fold, roughly_ns, simulate,
 };
 
 use crate::pipelines::{Case, batch, cases, chain, flow, stage};
@@ -211,4 +211,56 @@ fn inputs_from_other_copies_change_little() {
             assert!(parts * difference < whole, "{schedule}: {difference} of {whole} ns");
         }
     }
+}
+
+#[test]
+fn an_outline_of_single_replicas_is_the_simulation() {
+    for schedule in ScheduleKind::ALL {
+        let case = Case {
+            pipeline: chain(3, &[&[0], &[1], &[2]]),
+            batch: batch(&[4, 4, 4], 4),
+            schedule,
+            mode: Mode::Training,
+        };
+        let Case { pipeline, batch, mode, .. } = &case;
+        let rough = roughly_ns(pipeline, batch, schedule, *mode, &EQUAL).unwrap();
+        assert_eq!(rough, Some(whole(&case, &EQUAL).makespan_ns));
+    }
+}
+
+#[test]
+fn an_outline_of_unequal_replicas_comes_close() {
+    let nodes = Eights(Cluster::parse("a100-40gb:10x8").unwrap());
+    let none = Nodes { costless: true, ..EQUAL };
+    let counts: [&[u32]; 3] = [&[8, 7, 8, 8], &[5, 3, 4], &[16, 12, 15, 16, 16]];
+    for counts in counts {
+        let mut next = 0;
+        let mut lists: Vec<Vec<u32>> = Vec::new();
+        for &count in counts {
+            lists.push((next..next + count).collect());
+            next += count;
+        }
+        let lists: Vec<&[u32]> = lists.iter().map(Vec::as_slice).collect();
+        let mut pipeline = chain(next, &lists);
+        for flow in &mut pipeline.flows[1..counts.len()] {
+            flow.bytes = Affine::per_row(1 << 20);
+        }
+        // So many rows that one more or less for a replica is little.
+        let batch = batch(&vec![160; next as usize], 16);
+        for schedule in ScheduleKind::ALL {
+            let program = compile(&pipeline, &batch, schedule, Mode::Training).unwrap();
+            let whole = simulate(&program, &pipeline, &nodes, &none).unwrap().makespan_ns;
+            let rough = roughly_ns(&pipeline, &batch, schedule, Mode::Training, &nodes).unwrap();
+            let difference = whole.abs_diff(rough.unwrap());
+            assert!(50 * difference < whole, "{counts:?} {schedule}: {difference} of {whole} ns");
+        }
+    }
+}
+
+#[test]
+fn what_several_stages_do_on_one_rank_has_no_outline() {
+    let pipeline = chain(2, &[&[0, 1], &[1]]);
+    let (schedule, mode) = (ScheduleKind::FillDrain, Mode::Training);
+    let rough = roughly_ns(&pipeline, &batch(&[2, 2], 2), schedule, mode, &EQUAL).unwrap();
+    assert_eq!(rough, None);
 }

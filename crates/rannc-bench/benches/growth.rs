@@ -203,31 +203,50 @@ fn shapes(is_wanted: impl Fn(&str) -> bool) {
     show("\n");
 }
 
-/// Planning again for what changed.
+/// Planning again for what changed, from the first plan and afresh.
 fn again() {
     let graph = bert(Transformer::new(124, 8192, 512));
     let whole = cluster("a100-40gb:128x8");
     let options = Options { batch_size: 1024, ..Options::default() };
-    let mut table =
-        Table::new(&["change to BERT 100B on 1,024", "planning", "processor", "target", "plan"]);
-    show(table.text());
     let planner = Planner::new(&graph, None);
+    let first = planner.plan(&whole, &options, &()).expect("it fits");
+    let mut table = Table::new(&[
+        "change to BERT 100B on 1,024",
+        "again",
+        "target",
+        "step (simulated)",
+        "afresh",
+        "step (simulated)",
+        "plan",
+    ]);
+    show(table.text());
     let mut run = |name: &str, target: &str, devices: &Cluster, options: &Options| {
-        let (found, usage) = measure(|| planner.plan(devices, options, &()));
+        let (again, usage) = measure(|| planner.replan(&first, devices, options, &()));
+        let (afresh, long) = measure(|| planner.plan(devices, options, &()));
+        let step = |plan: &Result<Plan, PlanError>| {
+            let estimates = plan.as_ref().ok().and_then(|plan| plan.estimates.as_ref());
+            estimates.map_or_else(String::new, |estimates| time(estimates.step_ns))
+        };
         let cells = [
             name.into(),
             time(usage.nanoseconds),
-            processor(&usage),
             target.into(),
-            outcome(&found),
+            step(&again),
+            time(long.nanoseconds),
+            step(&afresh),
+            outcome(&again),
         ];
         show(&table.row(&cells));
     };
-    run("none: first plan", "", &whole, &options);
-    run("none: the same again", "", &whole, &options);
+    run("none", "", &whole, &options);
     let mut fewer = whole.clone();
     fewer.devices.remove(700);
     run("a lost device", "100 ms", &fewer, &options);
+    let mut three = fewer.clone();
+    for rank in [12, 300, 301] {
+        three.devices.remove(rank);
+    }
+    run("four lost devices", "", &three, &options);
     fewer.devices.retain(|device| device.node != 87);
     run("a lost node", "", &fewer, &options);
     run("a batch of 2,048 rows", "", &whole, &Options { batch_size: 2048, ..options.clone() });

@@ -7,7 +7,8 @@ use rannc_cost::{Cluster, Sharding};
 use crate::error::Remedy;
 use crate::facts::FactCache;
 use crate::options::Options;
-use crate::search::{Cut, Search};
+use crate::partitioner::Cut;
+use crate::search::Search;
 use crate::stage::{Division, Problem};
 use crate::{Blocks, PartitionError};
 

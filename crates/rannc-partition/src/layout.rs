@@ -85,6 +85,21 @@ impl Layout {
                 .map(|unit| (0..copies).map(|copy| order[copy * count + unit]).collect())
                 .collect(),
         };
+        let is_paired = matches!(shape, Shape::Copies(..));
+        let has_all = units.iter().map(Vec::len).sum::<usize>() == order.len();
+        let all = Self::of_units(cluster, classes, units, is_paired, one_unit_each);
+        Self { stage_counts, may_idle, has_all, ..all }
+    }
+
+    /// A layout of given units, one for each stage unless changed. `is_paired` says that the units have
+    /// equally many ranks, and rows flow between those at the same place.
+    pub(crate) fn of_units(
+        cluster: &Cluster,
+        classes: &Classes,
+        units: Vec<Vec<u32>>,
+        is_paired: bool,
+        one_unit_each: bool,
+    ) -> Self {
         let node = |rank: u32| cluster.devices[rank as usize].node;
         let lone = |unit: &Vec<u32>| {
             let first = node(unit[0]);
@@ -92,28 +107,27 @@ impl Layout {
         };
         let together: Vec<Option<u32>> = units.iter().map(lone).collect();
         let together_until = same_until(&together);
-        let near_until = match shape {
-            Shape::Neighbours(_) | Shape::Groups(..) => together_until.clone(),
-            Shape::Copies(_, copies) => {
-                let mut least = vec![units.len(); units.len()];
-                for copy in 0..copies {
-                    let nodes: Vec<Option<u32>> =
-                        units.iter().map(|unit| Some(node(unit[copy]))).collect();
-                    for (least, until) in least.iter_mut().zip(same_until(&nodes)) {
-                        *least = until.min(*least);
-                    }
+        let near_until = if is_paired {
+            let mut least = vec![units.len(); units.len()];
+            for copy in 0..units.first().map_or(0, Vec::len) {
+                let nodes: Vec<Option<u32>> =
+                    units.iter().map(|unit| Some(node(unit[copy]))).collect();
+                for (least, until) in least.iter_mut().zip(same_until(&nodes)) {
+                    *least = until.min(*least);
                 }
-                least
             }
+            least
+        } else {
+            together_until.clone()
         };
-        let has_all = units.iter().map(Vec::len).sum::<usize>() == order.len();
-        let (sets, set_of) = device_sets(classes, &units);
+        let longest = if one_unit_each { 1 } else { units.len() };
+        let (sets, set_of) = device_sets(classes, &units, longest);
         Self {
-            units,
             one_unit_each,
-            stage_counts,
-            may_idle,
-            has_all,
+            stage_counts: (units.len(), units.len()),
+            may_idle: false,
+            has_all: false,
+            units,
             sets,
             set_of,
             together_until,
@@ -170,7 +184,8 @@ fn same_until(nodes: &[Option<u32>]) -> Vec<usize> {
 
 type Sets = (Vec<DeviceSet>, BTreeMap<(usize, usize), usize>);
 
-fn device_sets(classes: &Classes, units: &[Vec<u32>]) -> Sets {
+/// The sets of runs of at most `longest` units.
+fn device_sets(classes: &Classes, units: &[Vec<u32>], longest: usize) -> Sets {
     let counts = |unit: &Vec<u32>| {
         let mut counts = vec![0; classes.devices.len()];
         for &rank in unit {
@@ -199,7 +214,7 @@ fn device_sets(classes: &Classes, units: &[Vec<u32>]) -> Sets {
     let (mut sets, mut numbers, mut set_of) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
     for start in 0..units.len() {
         let mut sum = none.clone();
-        for end in start + 1..=units.len() {
+        for end in start + 1..=units.len().min(start + longest) {
             add(&mut sum, &per_unit[end - 1]);
             let set = set(&sum);
             let id = *numbers.entry(set.clone()).or_insert_with(|| {

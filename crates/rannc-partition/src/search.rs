@@ -1,36 +1,31 @@
 //! The search for the best division: numbers of stages and microbatches, and schedules.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use fixedbitset::FixedBitSet;
 use rannc_cost::{Classes, Cluster, DeviceCosts, Sharding};
-use rannc_graph::{Graph, NodeId};
+use rannc_graph::NodeId;
 use rayon::prelude::*;
 
-use crate::block::{Balance, Line};
-use crate::bound::{Ground, LowerBound};
+use crate::PartitionError;
+use crate::block::Balance;
+use crate::bound::Ground;
 use crate::facts::FactCache;
 use crate::layout::{Layout, Shape};
 use crate::options::{Candidate, Options, Progress, StageCandidate, microbatch_candidates};
 use crate::orders::orders;
+use crate::partitioner::{Cut, LineKey, Partitioner};
 use crate::price::{Pricer, Setting};
 use crate::runs::Runs;
 use crate::stage::{Division, Problem};
-use crate::uniform::best_of_each;
-use crate::{Atoms, Blocks, PartitionError};
 
 /// The most candidates that a search returns, and how many of them are of any shape.
 const NUM_CANDIDATES: usize = 32;
 const NUM_FREE_CANDIDATES: usize = 6;
 /// Candidates may take so many times the best estimate.
 const MOST_TIMES_BEST: u64 = 3;
-/// The most stages of regular candidates.
-const MOST_UNIFORM: usize = 256;
-/// The most numbers of microbatches to look at for these.
-const MOST_UNIFORM_COUNTS: usize = 5;
 /// The search looks for what takes longer than the best by this part of it.
 const WORST_OVER_BEST: u64 = 8;
 /// The most units that devices are handed out in, unless more stages are needed to fit.
@@ -49,119 +44,6 @@ const PIECES: usize = 6;
 /// The most blocks then, roughly.
 const MAX_FINE_BLOCKS: usize = 384;
 
-/// Divides one graph, again and again: what depends on the graph alone is found once, and what
-/// depends on devices and batch is kept as long as they stay the same.
-pub struct Partitioner<'g> {
-    pub(crate) graph: &'g Graph,
-    atoms: Atoms,
-    lines: Mutex<BTreeMap<LineKey, Arc<Line>>>,
-    cut: Mutex<BTreeMap<(LineKey, usize, u64), Arc<Cut>>>,
-}
-
-/// The rows at which times are compared, what is balanced, and the device, by a text.
-type LineKey = (u64, Balance, String);
-
-/// Blocks with what runs of them amount to.
-pub(crate) struct Cut {
-    pub(crate) blocks: Blocks,
-    pub(crate) runs: Runs,
-}
-
-impl<'g> Partitioner<'g> {
-    /// Finds the atoms of the graph.
-    pub fn new(graph: &'g Graph) -> Self {
-        let atoms = Atoms::new(graph);
-        Self { graph, atoms, lines: Mutex::default(), cut: Mutex::default() }
-    }
-
-    /// The graph's atoms.
-    pub fn atoms(&self) -> &Atoms {
-        &self.atoms
-    }
-
-    /// Finds good ways to train the model, all different, the best estimate first: the best few of
-    /// all, and the best with equally many replicas of each stage for each number of stages.
-    ///
-    /// All devices are used if rows and memory allow. Where they do not, devices are left idle, and
-    /// the fastest way wins however many it uses: no stage gets more replicas than a microbatch has
-    /// rows, and a batch that cannot be split has one microbatch and one replica of each stage.
-    /// Replicas that were asked for apply to every stage; if stages were not, there are as many as the
-    /// devices suffice for.
-    ///
-    /// Candidates are compared by estimated time, then number of stages, number of microbatches, order
-    /// of the schedule in the options, places of the cuts and devices.
-    ///
-    /// # Errors
-    ///
-    /// Any [`PartitionError`] about options, or [`PartitionError::DoesNotFit`].
-    pub fn search(
-        &self,
-        costs: &DeviceCosts<'_>,
-        cluster: &Cluster,
-        options: &Options,
-        progress: &dyn Progress,
-    ) -> Result<Vec<Candidate>, PartitionError> {
-        check(self.graph, &self.atoms, cluster, options)?;
-        if self.atoms.is_empty() {
-            return Ok(vec![trivial(self.graph, options)]);
-        }
-        let search = Search { progress, ..Search::new(self, costs, cluster, options) };
-        let found = search.run()?;
-        log::debug!("{} candidates, best estimate {} ns", found.len(), found[0].estimate_ns);
-        Ok(found)
-    }
-
-    /// How short a step can possibly be with these devices and options.
-    pub fn lower_bound(
-        &self,
-        costs: &DeviceCosts<'_>,
-        cluster: &Cluster,
-        options: &Options,
-    ) -> LowerBound {
-        let search = Search::new(self, costs, cluster, options);
-        search.ground().bound(&search.microbatch_counts())
-    }
-
-    fn line(&self, costs: &DeviceCosts<'_>, key: &LineKey) -> Arc<Line> {
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let make = || Arc::new(Line::of(self.graph, &self.atoms, costs.class(0), key.0, key.1));
-        Arc::clone(lines.entry(key.clone()).or_insert_with(make))
-    }
-
-    fn cut(
-        &self,
-        costs: &DeviceCosts<'_>,
-        key: &LineKey,
-        num_blocks: usize,
-        batch: u64,
-    ) -> Arc<Cut> {
-        let line = self.line(costs, key);
-        let mut cuts = self.cut.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (key.clone(), num_blocks, batch);
-        let make = || Arc::new(self.runs_of(costs, Blocks::cut(&line, num_blocks), batch));
-        Arc::clone(cuts.entry(key).or_insert_with(make))
-    }
-
-    fn runs_of(&self, costs: &DeviceCosts<'_>, blocks: Blocks, batch_rows: u64) -> Cut {
-        let runs = Runs::new(self.graph, &self.atoms, &blocks, costs.class(0), batch_rows);
-        Cut { blocks, runs }
-    }
-}
-
-/// Finds the best ways to train the model; see [`Partitioner::search`].
-///
-/// # Errors
-///
-/// Any [`PartitionError`] about options, or [`PartitionError::DoesNotFit`].
-pub fn search(
-    graph: &Graph,
-    costs: &DeviceCosts<'_>,
-    cluster: &Cluster,
-    options: &Options,
-) -> Result<Vec<Candidate>, PartitionError> {
-    Partitioner::new(graph).search(costs, cluster, options, &())
-}
-
 /// What a stage may take on a device of each class.
 fn limits(classes: &Classes, options: &Options) -> Vec<u64> {
     let usable = |bytes: u64| {
@@ -172,85 +54,15 @@ fn limits(classes: &Classes, options: &Options) -> Vec<u64> {
     classes.devices.iter().map(|device| limit(device.memory_bytes)).collect()
 }
 
-/// The only way to run a model without operators.
-fn trivial(graph: &Graph, options: &Options) -> Candidate {
-    let nodes = FixedBitSet::with_capacity(graph.nodes().len());
-    let (replicas, microbatches) = if graph.batch().splittable {
-        let replicas = options.num_replicas.unwrap_or(options.num_devices);
-        (replicas, microbatch_candidates(options)[0])
-    } else {
-        (1, 1)
-    };
-    let ranks = (0..replicas as u32).collect();
-    Candidate {
-        stages: vec![StageCandidate { nodes, ranks, ..StageCandidate::default() }],
-        microbatches,
-        schedule: options.schedules[0],
-        estimate_ns: 0,
-    }
-}
-
-/// Checks what was asked for against what there is.
-fn check(
-    graph: &Graph,
-    atoms: &Atoms,
-    cluster: &Cluster,
-    options: &Options,
-) -> Result<(), PartitionError> {
-    let Options { batch_rows, num_devices, .. } = *options;
-    let problem = if batch_rows == 0 {
-        "the batch has no rows".to_owned()
-    } else if num_devices == 0 {
-        "there are no devices".to_owned()
-    } else if options.schedules.is_empty() {
-        "there are no schedules to choose from".to_owned()
-    } else if [options.num_stages, options.num_replicas].contains(&Some(0))
-        || options.microbatches == Some(0)
-    {
-        "stages, replicas and microbatches must be at least 1".to_owned()
-    } else if options.min_microbatches > options.max_microbatches {
-        let (min, max) = (options.min_microbatches, options.max_microbatches);
-        format!("at least {min} and at most {max} microbatches were asked for")
-    } else if cluster.devices.len() < num_devices {
-        let found = cluster.devices.len();
-        format!("{num_devices} devices were asked for, but the cluster has {found}")
-    } else {
-        String::new()
-    };
-    if !problem.is_empty() {
-        return Err(PartitionError::Options { problem });
-    }
-    let num_stages = options.num_stages.unwrap_or(1);
-    let num_replicas = options.num_replicas.unwrap_or(1);
-    let microbatches = options.microbatches.unwrap_or(1);
-    let batch = graph.batch();
-    if num_stages > atoms.len().max(1) {
-        return Err(PartitionError::TooFewOperators { num_stages, num_atoms: atoms.len().max(1) });
-    }
-    if num_stages.saturating_mul(num_replicas) > num_devices {
-        return Err(PartitionError::TooFewDevices { num_stages, num_replicas, num_devices });
-    }
-    if !batch.splittable && !atoms.is_empty() && (microbatches > 1 || num_replicas > 1) {
-        let reason = batch.reason.clone().unwrap_or_else(|| "an operator mixes its rows".into());
-        return Err(PartitionError::NotSplittable { microbatches, num_replicas, reason });
-    }
-    let fewest = microbatch_candidates(options)[0];
-    if batch.splittable && fewest.saturating_mul(num_replicas as u64) > batch_rows {
-        let microbatches = fewest;
-        return Err(PartitionError::TooFewRows { microbatches, num_replicas, batch_rows });
-    }
-    Ok(())
-}
-
 pub(crate) struct Search<'a, 'g> {
     pub(crate) partitioner: &'a Partitioner<'g>,
     pub(crate) costs: &'a DeviceCosts<'a>,
     pub(crate) cluster: &'a Cluster,
     pub(crate) options: &'a Options,
-    classes: Classes,
+    pub(crate) classes: Classes,
     pub(crate) limits: Vec<u64>,
-    orders: Vec<Vec<u32>>,
-    progress: &'a dyn Progress,
+    pub(crate) orders: Vec<Vec<u32>>,
+    pub(crate) progress: &'a dyn Progress,
     /// How many stages were priced to find advice.
     pub(crate) priced: Rc<Cell<u64>>,
 }
@@ -262,16 +74,16 @@ pub(crate) struct Found {
     num_stages: usize,
     microbatches: u64,
     /// The position of the schedule in the options.
-    schedule: usize,
+    pub(crate) schedule: usize,
     starts: Vec<usize>,
     pub(crate) ranks: Vec<Vec<u32>>,
     /// Where the division belongs: numbers of the pricer and of the layout.
-    place: (usize, usize),
-    division: Division,
+    pub(crate) place: (usize, usize),
+    pub(crate) division: Division,
 }
 
 impl Found {
-    fn new(
+    pub(crate) fn new(
         problem: &Problem<'_>,
         division: Division,
         place: (usize, usize),
@@ -321,7 +133,7 @@ impl<'a, 'g> Search<'a, 'g> {
         }
     }
 
-    fn run(&self) -> Result<Vec<Candidate>, PartitionError> {
+    pub(crate) fn run(&self) -> Result<Vec<Candidate>, PartitionError> {
         let found = self.find();
         if !found.is_empty() {
             return Ok(found);
@@ -330,11 +142,16 @@ impl<'a, 'g> Search<'a, 'g> {
         Err(self.does_not_fit(&self.cut(finest)))
     }
 
-    /// The best candidates; none if nothing fits.
-    pub(crate) fn find(&self) -> Vec<Candidate> {
+    /// The fewest and the most blocks to search with.
+    pub(crate) fn block_counts(&self) -> (usize, usize) {
         let finest = MAX_BLOCKS.min(self.partitioner.atoms.len());
         let wanted = self.options.max_blocks.max(self.options.num_stages.unwrap_or(1));
-        let mut num_blocks = wanted.max(self.fewest_stages().saturating_mul(3)).clamp(1, finest);
+        (wanted.max(self.fewest_stages().saturating_mul(3)).clamp(1, finest), finest)
+    }
+
+    /// The best candidates; none if nothing fits.
+    pub(crate) fn find(&self) -> Vec<Candidate> {
+        let (mut num_blocks, finest) = self.block_counts();
         loop {
             let found = self.with_blocks(num_blocks);
             if !found.is_empty() || num_blocks == finest {
@@ -348,7 +165,7 @@ impl<'a, 'g> Search<'a, 'g> {
         self.partitioner.cut(self.costs, &self.line_key(), num_blocks, self.options.batch_rows)
     }
 
-    fn line_key(&self) -> LineKey {
+    pub(crate) fn line_key(&self) -> LineKey {
         let scarce = self.fewest_stages() > 1;
         let balance = if scarce { Balance::TimeAndState } else { Balance::Time };
         (self.block_rows(), balance, format!("{:?}", self.classes.devices[0]))
@@ -407,7 +224,7 @@ impl<'a, 'g> Search<'a, 'g> {
         Vec::new()
     }
 
-    fn setting(&self, microbatches: u64) -> Setting<'_> {
+    pub(crate) fn setting(&self, microbatches: u64) -> Setting<'_> {
         Setting {
             cluster: self.cluster,
             classes: &self.classes,
@@ -483,7 +300,7 @@ impl<'a, 'g> Search<'a, 'g> {
         shapes
     }
 
-    fn ground(&self) -> Ground<'_> {
+    pub(crate) fn ground(&self) -> Ground<'_> {
         Ground {
             graph: self.partitioner.graph,
             atoms: &self.partitioner.atoms,
@@ -496,7 +313,7 @@ impl<'a, 'g> Search<'a, 'g> {
         }
     }
 
-    fn microbatch_counts(&self) -> Vec<u64> {
+    pub(crate) fn microbatch_counts(&self) -> Vec<u64> {
         let splittable = self.partitioner.graph.batch().splittable;
         if splittable { microbatch_candidates(self.options) } else { vec![1] }
     }
@@ -585,58 +402,11 @@ impl<'a, 'g> Search<'a, 'g> {
         distinct
     }
 
-    /// The best divisions with equally many replicas of each stage, for each number of stages that
-    /// uses all devices.
-    fn uniform(&self, wanted: usize) -> Vec<Candidate> {
-        let line = self.partitioner.line(self.costs, &self.line_key());
-        let cut = self.cut(Blocks::natural(&line, wanted));
-        let facts = FactCache::new(&cut.runs, self.costs);
-        let cases = self.cases(&cut.runs, &facts, false);
-        let Options { num_devices, num_stages, num_replicas, .. } = *self.options;
-        let most = cut.blocks.len().min(num_devices).min(MOST_UNIFORM);
-        let counts = (num_stages.unwrap_or(1)..=num_stages.unwrap_or(most))
-            .filter(|&count| num_devices.is_multiple_of(count))
-            .filter(|&count| num_replicas.is_none_or(|replicas| replicas == num_devices / count));
-        let mut shapes = Vec::new();
-        for count in counts {
-            let replicas = num_devices / count;
-            shapes.push((count, Shape::Groups(count, replicas)));
-            if count > 1 && replicas > 1 {
-                shapes.push((count, Shape::Copies(count, replicas)));
-            }
-        }
-        let mut candidates = Vec::new();
-        for (count, shape) in shapes {
-            let stage_counts = (count, count);
-            let layout = |order: &Vec<u32>| {
-                Layout::new(self.cluster, &self.classes, order, shape, true, stage_counts, false)
-            };
-            let layouts: Vec<Layout> = self.orders.iter().map(layout).collect();
-            let mut found = Vec::new();
-            // The simulator goes on from the best of these to the numbers between.
-            let every = cases.len().div_ceil(MOST_UNIFORM_COUNTS);
-            for (case_index, case) in cases.iter().enumerate().rev().step_by(every) {
-                for (layout_index, layout) in layouts.iter().enumerate() {
-                    for (schedule, &kind) in self.options.schedules.iter().enumerate() {
-                        let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
-                        let place = (case_index, layout_index);
-                        found.extend(
-                            problem
-                                .balanced()
-                                .map(|division| Found::new(&problem, division, place, schedule)),
-                        );
-                    }
-                }
-            }
-            for found in best_of_each(found) {
-                let case = &cases[found.place.0];
-                let kind = self.options.schedules[found.schedule];
-                let layout = &layouts[found.place.1];
-                let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
-                candidates.push(self.candidate(&problem, &found.division, &cut));
-            }
-        }
-        candidates
+    /// Smaller blocks around the cuts of a division.
+    pub(crate) fn zoomed(&self, division: &Division, cut: &Cut) -> Cut {
+        let pieces = (MAX_FINE_BLOCKS / (2 * division.starts.len())).clamp(1, PIECES);
+        let blocks = cut.blocks.zoom(&division.starts[1..], pieces);
+        self.partitioner.runs_of(self.costs, blocks, self.options.batch_rows)
     }
 
     /// The division with its cuts at the best places nearby.
@@ -645,9 +415,7 @@ impl<'a, 'g> Search<'a, 'g> {
         if num_stages == 1 || cut.blocks.len() == self.partitioner.atoms.len() {
             return None;
         }
-        let pieces = (MAX_FINE_BLOCKS / (2 * num_stages)).clamp(1, PIECES);
-        let blocks = cut.blocks.zoom(&division.starts[1..], pieces);
-        let fine = self.partitioner.runs_of(self.costs, blocks, self.options.batch_rows);
+        let fine = self.zoomed(division, cut);
         let facts = FactCache::new(&fine.runs, self.costs);
         let pricer = Pricer::new(&fine.runs, &facts, coarse.pricer.setting);
         let remaining = pricer.remaining();
@@ -662,7 +430,12 @@ impl<'a, 'g> Search<'a, 'g> {
         Some(self.candidate(&problem, &best, &fine))
     }
 
-    fn candidate(&self, problem: &Problem<'_>, division: &Division, cut: &Cut) -> Candidate {
+    pub(crate) fn candidate(
+        &self,
+        problem: &Problem<'_>,
+        division: &Division,
+        cut: &Cut,
+    ) -> Candidate {
         let Partitioner { graph, atoms, .. } = self.partitioner;
         let stage = |((start, end), units, in_flight): ((usize, usize), (usize, usize), u64)| {
             let details = problem.details((start, end), units, in_flight).unwrap_or_default();

@@ -2,11 +2,76 @@
 //! programmes find: estimates leave out what a simulation shows, and such regular pipelines wait
 //! for each other the least.
 
-use crate::search::Found;
+use crate::Blocks;
+use crate::facts::FactCache;
+use crate::layout::{Layout, Shape};
+use crate::options::{Candidate, Options};
+use crate::search::{Found, Search};
 use crate::stage::{Division, Problem};
+
+/// The most stages of regular candidates.
+const MOST_UNIFORM: usize = 256;
+/// The most numbers of microbatches to look at for these.
+const MOST_UNIFORM_COUNTS: usize = 5;
 
 /// Bisection ends when the time is known to this part of it.
 const PRECISION: u64 = 32;
+
+impl Search<'_, '_> {
+    /// The best divisions with equally many replicas of each stage, for each number of stages that
+    /// uses all devices.
+    pub(crate) fn uniform(&self, wanted: usize) -> Vec<Candidate> {
+        let line = self.partitioner.line(self.costs, &self.line_key());
+        let cut = self.cut(Blocks::natural(&line, wanted));
+        let facts = FactCache::new(&cut.runs, self.costs);
+        let cases = self.cases(&cut.runs, &facts, false);
+        let Options { num_devices, num_stages, num_replicas, .. } = *self.options;
+        let most = cut.blocks.len().min(num_devices).min(MOST_UNIFORM);
+        let counts = (num_stages.unwrap_or(1)..=num_stages.unwrap_or(most))
+            .filter(|&count| num_devices.is_multiple_of(count))
+            .filter(|&count| num_replicas.is_none_or(|replicas| replicas == num_devices / count));
+        let mut shapes = Vec::new();
+        for count in counts {
+            let replicas = num_devices / count;
+            shapes.push((count, Shape::Groups(count, replicas)));
+            if count > 1 && replicas > 1 {
+                shapes.push((count, Shape::Copies(count, replicas)));
+            }
+        }
+        let mut candidates = Vec::new();
+        for (count, shape) in shapes {
+            let stage_counts = (count, count);
+            let layout = |order: &Vec<u32>| {
+                Layout::new(self.cluster, &self.classes, order, shape, true, stage_counts, false)
+            };
+            let layouts: Vec<Layout> = self.orders.iter().map(layout).collect();
+            let mut found = Vec::new();
+            // The simulator goes on from the best of these to the numbers between.
+            let every = cases.len().div_ceil(MOST_UNIFORM_COUNTS);
+            for (case_index, case) in cases.iter().enumerate().rev().step_by(every) {
+                for (layout_index, layout) in layouts.iter().enumerate() {
+                    for (schedule, &kind) in self.options.schedules.iter().enumerate() {
+                        let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                        let place = (case_index, layout_index);
+                        found.extend(
+                            problem
+                                .balanced()
+                                .map(|division| Found::new(&problem, division, place, schedule)),
+                        );
+                    }
+                }
+            }
+            for found in best_of_each(found) {
+                let case = &cases[found.place.0];
+                let kind = self.options.schedules[found.schedule];
+                let layout = &layouts[found.place.1];
+                let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
+                candidates.push(self.candidate(&problem, &found.division, &cut));
+            }
+        }
+        candidates
+    }
+}
 
 impl Problem<'_> {
     /// One unit for each stage, the slowest stage as fast as can be; none if that does not fit.
@@ -55,8 +120,8 @@ impl Problem<'_> {
     }
 }
 
-/// The best of some divisions for each number of stages and placement of ranks.
-pub(crate) fn best_of_each(mut found: Vec<Found>) -> Vec<Found> {
+/// The best two of some divisions for each number of stages and placement of ranks.
+fn best_of_each(mut found: Vec<Found>) -> Vec<Found> {
     found.sort();
     let mut kept: Vec<Found> = Vec::new();
     for next in found {

@@ -21,6 +21,8 @@ const MOST_PLAYED: u64 = 1 << 13;
 
 /// A plan with at most so many forwards is simulated as it is, without folding.
 const MOST_UNFOLDED: u64 = 1 << 13;
+/// With more than so many that are left after folding it is simulated in outline.
+const MOST_FOLDED: u64 = 1 << 14;
 
 /// What a division would cost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,14 +56,35 @@ impl<'a> Evaluator<'a> {
         Self { graph, users: graph.users(), costs, cluster, options, classes }
     }
 
+    /// Where the times come from.
+    pub(crate) fn costs_of(&self) -> &str {
+        self.costs.source()
+    }
+
+    /// Forward and backward of a microbatch through each stage, with all rows on its replicas' first
+    /// device.
+    pub(crate) fn loads(&self, candidate: &Candidate) -> Vec<u64> {
+        let timing = StageTiming::new(self, candidate);
+        let stages = candidate.stages.iter().enumerate();
+        let load = |(index, stage): (usize, &StageCandidate)| {
+            let rows = self.rows(candidate, stage, 0);
+            let times = timing.times(StageId::new(index), RankId(stage.ranks[0]), rows);
+            times.0.saturating_add(times.1).saturating_mul(stage.ranks.len() as u64)
+        };
+        stages.map(load).collect()
+    }
+
     fn world_size(&self) -> u32 {
         self.cluster.devices.len() as u32
     }
 
     /// How many forwards a simulation of the candidate has.
     pub(crate) fn work(candidate: &Candidate) -> u64 {
-        let copies = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).fold(0, gcd);
-        num_forwards(candidate) / copies.max(1)
+        let folded = folded_forwards(candidate);
+        if folded <= MOST_FOLDED {
+            return folded;
+        }
+        candidate.stages.len() as u64 * candidate.microbatches
     }
 
     pub(crate) fn place(&self, candidate: &Candidate) -> Placement {
@@ -88,8 +111,14 @@ impl<'a> Evaluator<'a> {
         };
         let timing = StageTiming::new(self, candidate);
         let (pipeline, schedule) = (&placement.pipeline, placement.training_schedule());
-        let found =
-            rannc_schedule::estimate(pipeline, &batch, schedule, Mode::Training, &timing, &timing)?;
+        let mode = Mode::Training;
+        if folded_forwards(candidate) > MOST_FOLDED
+            && let Some(step_ns) =
+                rannc_schedule::roughly_ns(pipeline, &batch, schedule, mode, &timing)?
+        {
+            return Ok(step_ns);
+        }
+        let found = rannc_schedule::estimate(pipeline, &batch, schedule, mode, &timing, &timing)?;
         Ok(found.makespan_ns)
     }
 
@@ -101,7 +130,7 @@ impl<'a> Evaluator<'a> {
         folded_ns: u64,
     ) -> Result<u64, PlanError> {
         let all = num_forwards(candidate);
-        if all > MOST_UNFOLDED || all == Self::work(candidate) {
+        if all > MOST_UNFOLDED || all == folded_forwards(candidate) {
             return Ok(folded_ns);
         }
         Ok(self.timeline(candidate, placement)?.1.makespan_ns)
@@ -289,6 +318,12 @@ impl<'a> Evaluator<'a> {
 fn num_forwards(candidate: &Candidate) -> u64 {
     let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
     ranks * candidate.microbatches
+}
+
+/// How many are left of these with equal copies folded.
+fn folded_forwards(candidate: &Candidate) -> u64 {
+    let copies = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).fold(0, gcd);
+    num_forwards(candidate) / copies.max(1)
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

@@ -5,6 +5,7 @@
 //! plan names operators by their stable keys, so [`Placement`] can apply it to another capture of the
 //! same model (evaluation mode, another sequence length) as well as to the one it was made for.
 
+mod check;
 mod climb;
 mod compile;
 mod error;
@@ -16,6 +17,7 @@ mod place;
 mod plan;
 mod planner;
 mod progress;
+mod replan;
 mod round;
 
 pub use compile::{Options, compile, even_rows};

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rannc_cost::{Cluster, Device, DeviceCosts, Profile};
 use rannc_graph::{Graph, NodeId};
 use rannc_partition::simple::{Assessor, Sequence, Setting};
-use rannc_partition::{Candidate, Partitioner, Progress};
+use rannc_partition::{Candidate, LowerBound, Partitioner, Progress};
 use rannc_schedule::{Program, Timeline};
 
 use crate::climb::Neighbours;
@@ -23,9 +23,9 @@ use crate::{
 /// and their sizes) is kept, so that planning for another batch, memory limit or number of equal
 /// devices only searches.
 pub struct Planner<'a> {
-    graph: &'a Graph,
+    pub(crate) graph: &'a Graph,
     profile: Option<&'a Profile>,
-    partitioner: Partitioner<'a>,
+    pub(crate) partitioner: Partitioner<'a>,
     costs: Mutex<Vec<(Vec<Device>, Arc<DeviceCosts<'a>>)>>,
 }
 
@@ -69,30 +69,8 @@ impl<'a> Planner<'a> {
             round.climb(&Neighbours::new(&search))?;
         }
         let winner = round.winner()?.expect("a search that finds nothing is an error");
-        let Winner { step_ns, candidate, placement } = winner;
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);
-        let estimates = Estimates {
-            costs_of: costs.source().into(),
-            step_ns,
-            lower_bound: Some(BoundEstimate {
-                step_ns: bound.step_ns,
-                work_ns: bound.work_ns,
-                critical_path_ns: bound.critical_path_ns,
-                memory_ns: bound.memory_ns,
-            }),
-            stages: evaluator.stage_estimates(&candidate, &placement),
-            ranks: evaluator
-                .peak_memory(&candidate, &placement)?
-                .into_iter()
-                .enumerate()
-                .map(|(rank, memory)| RankEstimate {
-                    rank: rank as u32,
-                    memory,
-                    limit_bytes: evaluator.limit_bytes(rank),
-                })
-                .collect(),
-        };
-        Ok(self.written(&candidate, &placement, options.batch_size, estimates))
+        self.finished(&evaluator, &winner, &bound, options.batch_size)
     }
 
     /// What a division would cost, simulated.
@@ -147,7 +125,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The costs on the cluster's classes of devices, made once.
-    fn costs(&self, cluster: &Cluster) -> Result<Arc<DeviceCosts<'a>>, PlanError> {
+    pub(crate) fn costs(&self, cluster: &Cluster) -> Result<Arc<DeviceCosts<'a>>, PlanError> {
         let classes = cluster.classes(cluster.devices.len());
         let mut known = self.costs.lock().unwrap_or_else(PoisonError::into_inner);
         let alike = |devices: &[Device]| {
@@ -161,6 +139,39 @@ impl<'a> Planner<'a> {
         let costs = Arc::new(DeviceCosts::new(self.graph, self.profile, &classes.devices)?);
         known.push((classes.devices, Arc::clone(&costs)));
         Ok(costs)
+    }
+
+    /// The plan of a winner, with what it is expected to cost.
+    pub(crate) fn finished(
+        &self,
+        evaluator: &Evaluator<'_>,
+        winner: &Winner,
+        bound: &LowerBound,
+        batch_size: u64,
+    ) -> Result<Plan, PlanError> {
+        let Winner { step_ns, candidate, placement } = winner;
+        let estimates = Estimates {
+            costs_of: evaluator.costs_of().into(),
+            step_ns: *step_ns,
+            lower_bound: Some(BoundEstimate {
+                step_ns: bound.step_ns,
+                work_ns: bound.work_ns,
+                critical_path_ns: bound.critical_path_ns,
+                memory_ns: bound.memory_ns,
+            }),
+            stages: evaluator.stage_estimates(candidate, placement),
+            ranks: evaluator
+                .peak_memory(candidate, placement)?
+                .into_iter()
+                .enumerate()
+                .map(|(rank, memory)| RankEstimate {
+                    rank: rank as u32,
+                    memory,
+                    limit_bytes: evaluator.limit_bytes(rank),
+                })
+                .collect(),
+        };
+        Ok(self.written(candidate, placement, batch_size, estimates))
     }
 
     fn written(

@@ -38,14 +38,8 @@ impl<'a> Outline<'a> {
     /// The outline of a valid pipeline; none where replicas are not all that its ranks are: where a rank
     /// has several stages, where each replica gets the whole of a value, where ranks share cores, or where
     /// some get the outputs of others.
-    pub(crate) fn new(
-        whole: &'a Pipeline,
-        batch: &Batch,
-        timing: &'a dyn Timing,
-    ) -> Option<Self> {
-        let copied = |flow: &Flow| {
-            flow.transport == Transport::Whole && flow.from != Place::Source
-        };
+    pub(crate) fn new(whole: &'a Pipeline, batch: &Batch, timing: &'a dyn Timing) -> Option<Self> {
+        let copied = |flow: &Flow| flow.transport == Transport::Whole && flow.from != Place::Source;
         if !batch.gather || !timing.shared().is_empty() || whole.flows.iter().any(copied) {
             return None;
         }
@@ -65,8 +59,7 @@ impl<'a> Outline<'a> {
         let rows = |ranks: &Vec<RankId>| ranks.iter().map(|rank| batch.rows[rank.index()]).sum();
         let stages = whole.stages.iter().enumerate();
         let group = |group: &GradientGroup| {
-            let mut ranks: Vec<RankId> =
-                group.stages.iter().map(|stage| RankId(stage.0)).collect();
+            let mut ranks: Vec<RankId> = group.stages.iter().map(|stage| RankId(stage.0)).collect();
             ranks.sort_unstable();
             GradientGroup { ranks, ..group.clone() }
         };

@@ -2,10 +2,10 @@ use proptest::prelude::*;
 use rannc_cost::{Cluster, DeviceCosts, ScheduleKind, Sharding, StageSizes};
 use rannc_graph::{Batch, Graph, testing};
 
-use super::{Candidate, Options, Partitioner, Search, microbatch_candidates, search};
+use super::{Candidate, Options, Partitioner, Search, microbatch_candidates};
 use crate::facts::FactCache;
 use crate::stage::Problem;
-use crate::{PartitionError, Remedy, brute, stages_are_valid};
+use crate::{PartitionError, Remedy, brute, search, stages_are_valid};
 
 fn plan(graph: &Graph, cluster: &str, options: &Options) -> Result<Vec<Candidate>, PartitionError> {
     let cluster = Cluster::parse(cluster).unwrap();

@@ -66,6 +66,28 @@ impl Options {
     }
 }
 
+impl Options {
+    /// Numbers of stages, and of replicas of each, of the pipelines in which all stages have equally many:
+    /// those that use every device; and for each number of replicas that divides the batch, as many stages
+    /// as there are devices for. So of 1,023 devices 1,008 make 63 stages of 16.
+    pub(crate) fn regular_shapes(&self) -> Vec<(usize, usize)> {
+        let Self { num_devices, num_stages, num_replicas, .. } = *self;
+        let of_stages = (1..=num_devices)
+            .filter(|&stages| num_devices.is_multiple_of(stages) || num_stages == Some(stages))
+            .map(|stages| (stages, num_devices / stages));
+        let divides = |replicas: usize| self.batch_rows.is_multiple_of(replicas as u64);
+        let of_replicas = (1..=num_devices)
+            .filter(|&replicas| divides(replicas) || num_replicas == Some(replicas))
+            .map(|replicas| (num_devices / replicas, replicas));
+        let all: BTreeSet<(usize, usize)> = of_stages.chain(of_replicas).collect();
+        let wanted = |&(stages, replicas): &(usize, usize)| {
+            num_stages.is_none_or(|wanted| wanted == stages)
+                && num_replicas.is_none_or(|wanted| wanted == replicas)
+        };
+        all.into_iter().filter(wanted).collect()
+    }
+}
+
 /// Who wants to know how far a search is. Called often: what is shown is up to the receiver.
 pub trait Progress {
     /// Some phase has done so many of its steps.

@@ -22,7 +22,7 @@ use crate::{Options, microbatch_candidates};
 /// What to plan for.
 #[derive(Clone, Debug)]
 pub struct Setting<'a> {
-    /// The devices; all are used, and taken to be like the first.
+    /// The devices, taken to be like the first.
     pub cluster: &'a Cluster,
     /// The batch, and what is allowed.
     pub options: &'a Options,
@@ -51,16 +51,6 @@ impl<'a> Setting<'a> {
     /// The rows at which operators are timed to make blocks of similar time.
     pub fn microbatch_to_balance(&self) -> u64 {
         self.options.batch_rows.div_ceil(self.options.num_devices as u64)
-    }
-
-    /// Numbers of stages with which all have equally many devices.
-    fn stage_counts(&self) -> impl Iterator<Item = usize> + use<> {
-        let Options { num_devices, num_stages, num_replicas, .. } = *self.options;
-        let wanted = move |count: usize| {
-            num_stages.is_none_or(|stages| stages == count)
-                && num_replicas.is_none_or(|replicas| replicas == num_devices / count)
-        };
-        (1..=num_devices).filter(move |&count| num_devices.is_multiple_of(count) && wanted(count))
     }
 
     fn recompute(&self) -> &'static [Recompute] {

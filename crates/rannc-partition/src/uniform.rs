@@ -5,7 +5,7 @@
 use crate::Blocks;
 use crate::facts::FactCache;
 use crate::layout::{Layout, Shape};
-use crate::options::{Candidate, Options};
+use crate::options::Candidate;
 use crate::search::{Found, Search};
 use crate::stage::{Division, Problem};
 
@@ -18,21 +18,18 @@ const MOST_UNIFORM_COUNTS: usize = 5;
 const PRECISION: u64 = 32;
 
 impl Search<'_, '_> {
-    /// The best divisions with equally many replicas of each stage, for each number of stages that
-    /// uses all devices.
+    /// The best divisions with equally many replicas of each stage.
     pub(crate) fn uniform(&self, wanted: usize) -> Vec<Candidate> {
         let line = self.partitioner.line(self.costs, &self.line_key());
         let cut = self.cut(Blocks::natural(&line, wanted));
         let facts = FactCache::new(&cut.runs, self.costs);
         let cases = self.cases(&cut.runs, &facts, false);
-        let Options { num_devices, num_stages, num_replicas, .. } = *self.options;
-        let most = cut.blocks.len().min(num_devices).min(MOST_UNIFORM);
-        let counts = (num_stages.unwrap_or(1)..=num_stages.unwrap_or(most))
-            .filter(|&count| num_devices.is_multiple_of(count))
-            .filter(|&count| num_replicas.is_none_or(|replicas| replicas == num_devices / count));
+        let most = cut.blocks.len().min(MOST_UNIFORM);
         let mut shapes = Vec::new();
-        for count in counts {
-            let replicas = num_devices / count;
+        for (count, replicas) in self.options.regular_shapes() {
+            if count > most {
+                continue;
+            }
             shapes.push((count, Shape::Groups(count, replicas)));
             if count > 1 && replicas > 1 {
                 shapes.push((count, Shape::Copies(count, replicas)));

@@ -8,12 +8,12 @@
 //!
 //! ```text
 //!                     microbatch 0   microbatch 1
-//! rank 0: a b c d e   a b            c d e
+//! rank 0: a b c d e   a b c          d e
 //! rank 1: f g         f              g
-//! virtual rows        a b f          c d e g
-//! on both ranks       a b | f        c d e | g      (no row moves)
-//! on two of three     a | b f        c d | e g
-//! on both, shares 3:1 a b | f        c d e | g
+//! virtual rows        a b c f        d e g
+//! on both ranks       a b c | f      d e | g        (no row moves)
+//! on two of three     a b | c f      d | e g
+//! on both, shares 3:1 a b c | f      d e | g
 //! ```
 
 use crate::{Batch, Pass, Pipeline, Place, RankId, RowRange, Stage, StageId};
@@ -148,33 +148,29 @@ impl Layout {
     }
 }
 
-/// Cuts each rank's rows into parts; the remainders are dealt out so that microbatches stay equal.
+/// Cuts each rank's rows into parts that differ by one row at most; what is left over is dealt out to one
+/// microbatch after the other, rank by rank, so that these, too, differ by one row at most.
 pub(crate) fn cut_microbatches(rows: &[u64], microbatches: u64) -> Vec<Vec<Holding>> {
     let mut parts = vec![Vec::new(); microbatches as usize];
     let mut filled = vec![0; microbatches as usize];
-    let mut before = 0u64;
+    let mut next = 0;
     for (index, &count) in rows.iter().enumerate() {
-        let carry = before % microbatches;
-        let cut = |step: u64| share(count, step, carry, microbatches);
+        let (each, more) = (count / microbatches, count % microbatches);
+        let mut start = 0;
         for microbatch in 0..microbatches {
-            let (start, end) = (cut(microbatch), cut(microbatch + 1));
+            let is_dealt = (microbatch + microbatches - next) % microbatches < more;
+            let end = start + each + u64::from(is_dealt);
             let offset: &mut u64 = &mut filled[microbatch as usize];
             if end > start {
                 let rows = RowRange::new(*offset, *offset + end - start);
                 let rank = RankId::new(index);
                 parts[microbatch as usize].push(Holding { rank, rows, start, total: count });
-                *offset = rows.end;
+                (*offset, start) = (rows.end, end);
             }
         }
-        before += count;
+        next = (next + more) % microbatches;
     }
     parts
-}
-
-/// `(step * count + carry) / parts`, rounded down.
-fn share(count: u64, step: u64, carry: u64, parts: u64) -> u64 {
-    let exact = u128::from(step) * u128::from(count) + u128::from(carry);
-    u64::try_from(exact / u128::from(parts)).expect("a part of the rows is at most all of them")
 }
 
 /// The holdings of a sink that gives all of rank 0's rows to everyone.
@@ -241,9 +237,17 @@ mod tests {
     #[test]
     fn microbatches_are_equal_although_ranks_are_not() {
         let parts = cut_microbatches(&[5, 0, 3, 1], 3);
-        assert_eq!(text(&parts[0]), "0:1@0+0/5 1:2@2+0/3 2:3@3+0/1");
-        assert_eq!(text(&parts[1]), "0:2@0+1/5 2:3@2+1/3");
-        assert_eq!(text(&parts[2]), "0:2@0+3/5 2:3@2+2/3");
+        assert_eq!(text(&parts[0]), "0:2@0+0/5 2:3@2+0/3");
+        assert_eq!(text(&parts[1]), "0:2@0+2/5 2:3@2+1/3");
+        assert_eq!(text(&parts[2]), "0:1@0+4/5 1:2@2+2/3 2:3@3+0/1");
+        for rows in [[2, 2, 1, 1, 1, 1, 1, 1], [7, 0, 3, 9, 1, 0, 0, 12]] {
+            for microbatches in 1..12 {
+                let parts = cut_microbatches(&rows, microbatches);
+                let sizes = parts.iter().map(|parts| parts.last().map_or(0, |part| part.rows.end));
+                let (least, most) = (sizes.clone().min(), sizes.max());
+                assert!(most.unwrap() - least.unwrap() <= 1, "{rows:?} in {microbatches}");
+            }
+        }
     }
 
     #[test]

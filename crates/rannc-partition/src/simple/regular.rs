@@ -21,15 +21,14 @@ impl Cut {
     pub const ALL: [Self; 3] = [Self::EqualCounts, Self::LayerTime, Self::OperatorTime];
 }
 
-/// Every number of stages that divides the devices, with every number of microbatches, schedule, way
+/// Every number of stages and replicas (`Options::regular_shapes`), with every number of microbatches, schedule, way
 /// to compute again, and order of ranks; without those that surely take longer than `most_ns` or too
 /// much memory.
 pub fn regular(assessor: &Assessor, cut: Cut, most_ns: u64) -> Vec<Proposal> {
     let setting = assessor.setting;
-    let num_devices = setting.options.num_devices;
     let mut found = Vec::new();
-    for stages in setting.stage_counts().filter(|&stages| assessor.may_fit(stages)) {
-        let replicas = num_devices / stages;
+    let shapes = setting.options.regular_shapes();
+    for (stages, replicas) in shapes.into_iter().filter(|&(stages, _)| assessor.may_fit(stages)) {
         let ranks = Order::ALL.map(|order| Rc::new(order.ranks(stages, replicas)));
         for microbatches in setting.microbatches(replicas) {
             if assessor.least_ns(stages, replicas, microbatches) > most_ns {

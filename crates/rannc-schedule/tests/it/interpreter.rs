@@ -547,18 +547,20 @@ fn rows_of(value: u32, rows: &[RowId]) -> Tensor {
     rows.iter().map(|&row| vec![Symbol::Row(value, row)]).collect()
 }
 
-/// The documented cut: part `m` of a rank ends at `((m + 1) * rows + carry) / microbatches`.
+/// The documented cut: equal parts of each rank's rows, and what is left over dealt out in turn.
 fn cut(rows: &[u64], microbatches: u64) -> Vec<Vec<RowId>> {
-    let part = |microbatch: u64| {
-        let mut part = Vec::new();
-        let mut before = 0;
-        for (&count, rank) in rows.iter().zip(0..) {
-            let carry = before % microbatches;
-            let end = |step: u64| (step * count + carry) / microbatches;
-            part.extend((end(microbatch)..end(microbatch + 1)).map(|row| (rank, row)));
-            before += count;
+    let mut parts = vec![Vec::new(); usize::try_from(microbatches).unwrap()];
+    let mut turns = (0..microbatches).cycle();
+    for (&count, rank) in rows.iter().zip(0..) {
+        let mut sizes = vec![count / microbatches; parts.len()];
+        for microbatch in turns.by_ref().take(usize::try_from(count % microbatches).unwrap()) {
+            sizes[usize::try_from(microbatch).unwrap()] += 1;
         }
-        part
-    };
-    (0..microbatches).map(part).collect()
+        let mut next = 0..;
+        for (part, size) in parts.iter_mut().zip(sizes) {
+            let size = usize::try_from(size).unwrap();
+            part.extend(next.by_ref().take(size).map(|row| (rank, row)));
+        }
+    }
+    parts
 }

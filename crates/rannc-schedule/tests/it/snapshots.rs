@@ -42,7 +42,7 @@ fn one_forward_one_backward() {
 fn replicas_without_rows_do_nothing() {
     let schedule = ScheduleKind::OneForwardOneBackward;
     assert_snapshot!(picture(&[&[0, 1], &[2]], &[1, 0, 2], 2, schedule), @r"
-    rank 0 | 0F1 .   .   .   .   0B1
+    rank 0 | 0F0 .   .   0B0 .   .
     rank 1 | 0F0 0F1 .   0B0 .   0B1
     rank 2 | .   1F0 1B0 1F1 1B1 .
     ");
@@ -74,9 +74,9 @@ fn lists_of_two_stages() {
       REDUCE_OUTPUT 2
     rank 1 forward
       0RECV_F0 v0[0:1/2]<0
-      0RECV_F0 v0[1:2/2]<2
+      inCOPY_F v0[0:1]>0_F0 v0[1:2/2]!
       0RECV_F1 v0[0:1/2]<0
-      inCOPY_F v0[0:1]>0_F1 v0[1:2/2]!
+      0RECV_F1 v0[1:2/2]<2
       0F0[2]
       0SEND_F0 v1[0:2]>2!
       0F1[2]

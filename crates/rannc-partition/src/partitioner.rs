@@ -76,9 +76,10 @@ impl<'g> Partitioner<'g> {
         Ok(found)
     }
 
-    /// The same stages on the same devices in the same order, cut where the slowest is as fast as can
-    /// be: once at the blocks that a search works with, and once near these cuts; none if that does not
-    /// fit, or if there are more stages than blocks. Takes far less time than a search.
+    /// The stages of each of `likes` on the same devices in the same order, cut where the slowest is as fast
+    /// as can be: at the blocks that a search works with, and of the best once more near these cuts; the
+    /// best first. Those that do not fit, or have more stages than there are blocks, are left out. Takes
+    /// far less time than a search.
     ///
     /// # Errors
     ///
@@ -88,10 +89,10 @@ impl<'g> Partitioner<'g> {
         costs: &DeviceCosts<'_>,
         cluster: &Cluster,
         options: &Options,
-        like: &Candidate,
+        likes: &[Candidate],
     ) -> Result<Vec<Candidate>, PartitionError> {
         check(self.graph, &self.atoms, cluster, options)?;
-        Ok(Search::new(self, costs, cluster, options).recut(like))
+        Ok(Search::new(self, costs, cluster, options).recut(likes))
     }
 
     /// How short a step can possibly be with these devices and options.

@@ -90,6 +90,7 @@ impl<'a> Evaluator<'a> {
     pub(crate) fn place(&self, candidate: &Candidate) -> Placement {
         Placement::new(
             self.graph,
+            &self.users,
             candidate.stages.clone(),
             self.world_size(),
             candidate.microbatches,

@@ -59,8 +59,6 @@ pub struct Placement {
     pub stages: Vec<PlacedStage>,
     /// Gradient groups; the position is the group's number.
     pub groups: Vec<Group>,
-    /// For each parameter and buffer that a stage reads: its name and the ranks that hold it.
-    pub holders: BTreeMap<String, Vec<u32>>,
     /// What the holders of each divided parameter divide, by its name.
     pub divided: Divided,
     /// The same for the schedule: stages and flows only.
@@ -92,7 +90,8 @@ impl Plan {
 
     fn place_as(&self, graph: &Graph, divided: Option<&Divided>) -> Result<Placement, PlanError> {
         let Candidate { stages, microbatches, schedule, .. } = self.candidate(graph)?;
-        Ok(Placement::new(graph, stages, self.world_size, microbatches, schedule, divided))
+        let users = graph.users();
+        Ok(Placement::new(graph, &users, stages, self.world_size, microbatches, schedule, divided))
     }
 
     /// The division of a graph that the plan stands for.
@@ -148,23 +147,22 @@ impl Placement {
     /// Lays stages of operators over ranks.
     pub(crate) fn new(
         graph: &Graph,
+        users: &Users,
         mut parts: Vec<StageCandidate>,
         world_size: u32,
         microbatches: u64,
         schedule: ScheduleKind,
         known: Option<&Divided>,
     ) -> Self {
-        let users = graph.users();
         place_returned_constants(graph, &mut parts);
-        let nodes: Vec<FixedBitSet> = parts.iter().map(|part| part.nodes.clone()).collect();
-        let flows = flows(graph, &nodes, &users);
+        let flows = flows(graph, &parts, users);
         let mut stages = placed_stages(graph, parts, &flows);
         let divided = known.map_or_else(|| divided(graph, &stages), Divided::clone);
-        let groups = gradient_groups(graph, &stages, &divided);
+        let readers = readers(&stages);
+        let groups = gradient_groups(graph, &stages, &readers, &divided);
         for stage in &mut stages {
-            stage.units = units(graph, &users, stage, &divided);
+            stage.units = units(graph, users, stage, &divided);
         }
-        let holders = holders(graph, &stages);
         let pipeline = Pipeline {
             world_size,
             stages: stages
@@ -176,10 +174,18 @@ impl Placement {
                     sharding: most_divided(graph, stage, &divided),
                 })
                 .collect(),
-            gradient_groups: pipeline_groups(graph, &stages, &groups),
+            gradient_groups: pipeline_groups(graph, &readers, &groups),
             flows,
         };
-        Self { stages, groups, holders, divided, pipeline, microbatches, schedule }
+        Self { stages, groups, divided, pipeline, microbatches, schedule }
+    }
+
+    /// For each parameter and buffer that a stage reads: its name and the ranks that hold it.
+    pub fn holders(&self, graph: &Graph) -> BTreeMap<String, Vec<u32>> {
+        let read = readers(&self.stages).into_iter();
+        read.filter(|(id, _)| graph.value(*id).kind != ValueKind::Constant)
+            .map(|(id, readers)| (graph.value(id).name.clone(), ranks_of(&self.stages, &readers)))
+            .collect()
     }
 
     /// The schedule that training follows: 1F1B needs one scalar loss as the only thing to
@@ -254,34 +260,31 @@ fn place_returned_constants(graph: &Graph, parts: &mut [StageCandidate]) {
 }
 
 /// One flow for each value that leaves the place where it is made.
-fn flows(graph: &Graph, nodes: &[FixedBitSet], users: &Users) -> Vec<Flow> {
+fn flows(graph: &Graph, parts: &[StageCandidate], users: &Users) -> Vec<Flow> {
     let stage_of = |stage: usize| Place::Stage(StageId(stage as u32));
     let batch_nodes = graph.batch_nodes();
     let returned: BTreeSet<ValueId> = graph.outputs().iter().copied().collect();
+    // Those that depend on no input may be in several.
+    let mut stages_of: Vec<Vec<usize>> = vec![Vec::new(); graph.nodes().len()];
+    for (stage, part) in parts.iter().enumerate() {
+        part.nodes.ones().for_each(|node| stages_of[node].push(stage));
+    }
     let mut flows = Vec::new();
     for id in graph.value_ids() {
         let value = graph.value(id);
+        let mut readers: Vec<usize> =
+            users.of(id).iter().flat_map(|user| &stages_of[user.index()]).copied().collect();
+        readers.sort_unstable();
+        readers.dedup();
         let made_in = match graph.producer(id) {
-            Some(node) => nodes.iter().position(|stage| stage.contains(node.index())),
-            None if value.is_state() => {
-                let reads = |stage: &FixedBitSet| {
-                    users.of(id).iter().any(|user| stage.contains(user.index()))
-                };
-                Some(nodes.iter().position(reads).unwrap_or(0))
-            }
+            Some(node) => stages_of[node.index()].first().copied(),
+            None if value.is_state() => Some(readers.first().copied().unwrap_or(0)),
             None => None,
         };
         let cloned = value.is_state()
             || graph.producer(id).is_some_and(|n| !batch_nodes.contains(n.index()));
-        let mut to = Vec::new();
-        if !cloned {
-            for (stage, part) in nodes.iter().enumerate() {
-                let reads = users.of(id).iter().any(|user| part.contains(user.index()));
-                if reads && Some(stage) != made_in {
-                    to.push(stage_of(stage));
-                }
-            }
-        }
+        readers.retain(|&stage| !cloned && Some(stage) != made_in);
+        let mut to: Vec<Place> = readers.into_iter().map(stage_of).collect();
         if returned.contains(&id) {
             to.push(Place::Sink);
         }
@@ -347,9 +350,11 @@ fn placed_stages(graph: &Graph, parts: Vec<StageCandidate>, flows: &[Flow]) -> V
 }
 
 fn state_of(graph: &Graph, part: &FixedBitSet) -> Vec<ValueId> {
-    let read: BTreeSet<ValueId> =
-        part.ones().flat_map(|index| graph.nodes()[index].inputs.iter().copied()).collect();
-    read.into_iter().filter(|&id| graph.value(id).is_state()).collect()
+    let inputs = part.ones().flat_map(|index| graph.nodes()[index].inputs.iter().copied());
+    let mut read: Vec<ValueId> = inputs.filter(|&id| graph.value(id).is_state()).collect();
+    read.sort_unstable();
+    read.dedup();
+    read
 }
 
 fn differentiates(graph: &Graph, stage: &PlacedStage) -> bool {
@@ -360,25 +365,46 @@ fn is_trainable(value: &Value) -> bool {
     value.kind == ValueKind::Parameter && value.requires_grad
 }
 
-fn ranks_by_state(stages: &[PlacedStage]) -> BTreeMap<ValueId, BTreeSet<u32>> {
-    let mut ranks: BTreeMap<ValueId, BTreeSet<u32>> = BTreeMap::new();
-    for stage in stages {
-        for &id in &stage.state {
-            ranks.entry(id).or_default().extend(&stage.ranks);
-        }
+/// The stages that read each parameter, buffer and constant, ascending.
+fn readers(stages: &[PlacedStage]) -> BTreeMap<ValueId, Vec<usize>> {
+    let mut readers: BTreeMap<ValueId, Vec<usize>> = BTreeMap::new();
+    for (index, stage) in stages.iter().enumerate() {
+        stage.state.iter().for_each(|&id| readers.entry(id).or_default().push(index));
     }
+    readers
+}
+
+/// All ranks of some stages.
+fn ranks_of(stages: &[PlacedStage], some: &[usize]) -> Vec<u32> {
+    let mut ranks: Vec<u32> =
+        some.iter().flat_map(|&index| &stages[index].ranks).copied().collect();
+    ranks.sort_unstable();
+    ranks.dedup();
     ranks
 }
 
-fn gradient_groups(graph: &Graph, stages: &[PlacedStage], divided: &Divided) -> Vec<Group> {
+fn gradient_groups(
+    graph: &Graph,
+    stages: &[PlacedStage],
+    readers: &BTreeMap<ValueId, Vec<usize>>,
+    divided: &Divided,
+) -> Vec<Group> {
+    let mut by_readers: BTreeMap<(&[usize], Sharding), Vec<ValueId>> = BTreeMap::new();
+    for (&id, readers) in readers.iter().filter(|&(&id, _)| is_trainable(graph.value(id))) {
+        by_readers.entry((readers, level(graph, id, divided))).or_default().push(id);
+    }
+    // Stages on the same ranks add up together.
     let mut groups: BTreeMap<(Vec<u32>, Sharding), Vec<ValueId>> = BTreeMap::new();
-    for (id, ranks) in ranks_by_state(stages) {
-        if ranks.len() > 1 && is_trainable(graph.value(id)) {
-            let key = (ranks.into_iter().collect(), level(graph, id, divided));
-            groups.entry(key).or_default().push(id);
+    for ((readers, sharding), parameters) in by_readers {
+        let ranks = ranks_of(stages, readers);
+        if ranks.len() > 1 {
+            groups.entry((ranks, sharding)).or_default().extend(parameters);
         }
     }
-    let group = |((ranks, sharding), parameters)| Group { ranks, sharding, parameters };
+    let group = |((ranks, sharding), mut parameters): (_, Vec<ValueId>)| {
+        parameters.sort_unstable();
+        Group { ranks, sharding, parameters }
+    };
     groups.into_iter().map(group).collect()
 }
 
@@ -420,35 +446,35 @@ fn units(graph: &Graph, users: &Users, stage: &PlacedStage, divided: &Divided) -
     rannc_partition::units(graph, users, &arrangement, outputs, is_divided)
 }
 
-fn holders(graph: &Graph, stages: &[PlacedStage]) -> BTreeMap<String, Vec<u32>> {
-    ranks_by_state(stages)
-        .into_iter()
-        .filter(|(id, _)| graph.value(*id).kind != ValueKind::Constant)
-        .map(|(id, ranks)| (graph.value(id).name.clone(), ranks.into_iter().collect()))
-        .collect()
-}
-
-fn pipeline_groups(graph: &Graph, stages: &[PlacedStage], groups: &[Group]) -> Vec<GradientGroup> {
-    groups
-        .iter()
-        .enumerate()
-        .map(|(index, group)| GradientGroup {
-            id: index as u32,
-            ranks: group.ranks.iter().map(|&rank| RankId(rank)).collect(),
-            stages: stages
-                .iter()
-                .enumerate()
-                .filter(|(_, stage)| group.parameters.iter().any(|id| stage.state.contains(id)))
-                .map(|(stage, _)| StageId(stage as u32))
-                .collect(),
-            bytes: group
-                .parameters
-                .iter()
-                .map(|&id| graph.value(id).bytes(0))
-                .fold(0, u64::saturating_add),
-            sharding: group.sharding,
-        })
-        .collect()
+fn pipeline_groups(
+    graph: &Graph,
+    readers: &BTreeMap<ValueId, Vec<usize>>,
+    groups: &[Group],
+) -> Vec<GradientGroup> {
+    let used_by = |group: &Group| {
+        let mut stages: Vec<StageId> = group
+            .parameters
+            .iter()
+            .flat_map(|id| &readers[id])
+            .copied()
+            .map(StageId::new)
+            .collect();
+        stages.sort_unstable();
+        stages.dedup();
+        stages
+    };
+    let bytes = |group: &Group| {
+        let each = group.parameters.iter().map(|&id| graph.value(id).bytes(0));
+        each.fold(0, u64::saturating_add)
+    };
+    let group = |(index, group): (usize, &Group)| GradientGroup {
+        id: index as u32,
+        ranks: group.ranks.iter().map(|&rank| RankId(rank)).collect(),
+        stages: used_by(group),
+        bytes: bytes(group),
+        sharding: group.sharding,
+    };
+    groups.iter().enumerate().map(group).collect()
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ const MOST_WORSE: u64 = 32;
 /// The most numbers of microbatches that are tried.
 const MOST_COUNTS: usize = 3;
 /// The most candidates that are simulated.
-const MOST_SIMULATED: usize = 3;
+const MOST_SIMULATED: usize = 2;
 
 impl Planner<'_> {
     /// Plans as [`plan`](Self::plan) does, but first looks whether the stages of an earlier plan for the
@@ -73,16 +73,13 @@ impl Planner<'_> {
             return Ok(None);
         }
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
-        let mut found = Vec::new();
+        let mut likes = Vec::new();
         for microbatches in counts(previous, before, &search) {
             let before = Candidate { microbatches, ..before.clone() };
-            for ranks in spreads(previous.world_size, &before, cluster, &search, &evaluator) {
-                let like = on_ranks(&before, ranks);
-                found.extend(self.partitioner.recut(&costs, cluster, &search, &like)?);
-            }
+            let spreads = spreads(previous.world_size, &before, cluster, &search, &evaluator);
+            likes.extend(spreads.into_iter().map(|ranks| on_ranks(&before, ranks)));
         }
-        found.sort_by_key(|candidate| candidate.estimate_ns);
-        found.dedup();
+        let found = self.partitioner.recut(&costs, cluster, &search, &likes)?;
         let fitting = found.into_iter().filter(|candidate| evaluator.is_possible(candidate));
         let fitting: Vec<Candidate> = fitting.take(MOST_SIMULATED).collect();
         let mut round = Round::new(&evaluator, progress);

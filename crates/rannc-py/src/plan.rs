@@ -28,6 +28,7 @@ pub(crate) struct Placement {
     recompute: Vec<Vec<Vec<String>>>,
     units: Vec<Vec<PlacedUnit>>,
     parameters: Vec<Vec<String>>,
+    holders: BTreeMap<String, Vec<u32>>,
 }
 
 /// One stage of a placement.
@@ -203,6 +204,7 @@ impl Plan {
             recompute: recompute.collect(),
             units: units.collect(),
             parameters: parameters.collect(),
+            holders: placement.holders(&graph.graph),
             placed: placement,
         })
     }
@@ -315,7 +317,7 @@ impl Placement {
     /// The ranks that hold each parameter and buffer that a stage uses, by name.
     #[getter]
     fn holders(&self) -> BTreeMap<String, Vec<u32>> {
-        self.placed.holders.clone()
+        self.holders.clone()
     }
 
     /// Every rank's actions for a batch with these rows per rank, checked.

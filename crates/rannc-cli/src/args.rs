@@ -104,6 +104,10 @@ pub(crate) struct PlanArgs {
     /// Where to write the deployment; by default it is only shown.
     #[arg(long, short)]
     pub(crate) output: Option<PathBuf>,
+    /// An earlier deployment of the same graph, on other devices or with another batch or memory limit:
+    /// its stages are kept where they are still good, which takes far less time.
+    #[arg(long, value_name = "DEPLOYMENT")]
+    pub(crate) from: Option<PathBuf>,
     /// Print the deployment as JSON, and errors, too.
     #[arg(long)]
     pub(crate) json: bool,

@@ -49,7 +49,11 @@ fn plan(args: &PlanArgs, verbosity: u8) -> Result<()> {
         ..defaults
     };
     let planner = Planner::new(&graph, profile.as_ref());
-    let plan = planner.plan(&cluster, &options, &rannc_plan::Bar::new(verbosity == 0))?;
+    let progress = rannc_plan::Bar::new(verbosity == 0);
+    let plan = match &args.from {
+        Some(path) => planner.replan(&input::plan(path)?, &cluster, &options, &progress)?,
+        None => planner.plan(&cluster, &options, &progress)?,
+    };
     if let Some(path) = &args.output {
         plan.save(path)?;
     }

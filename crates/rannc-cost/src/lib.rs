@@ -16,7 +16,7 @@ pub use comm::Link;
 pub use device_costs::{Classes, DeviceCosts};
 pub use error::CostError;
 pub use footprint::{Footprint, StageWork};
-pub use memory::{StageMemory, StageSizes, Training, is_trained, working_bytes};
+pub use memory::{BUCKET_BYTES, StageMemory, StageSizes, Training, is_trained, working_bytes};
 pub use model::{AnalyticCosts, CostModel, ProfiledCosts};
 pub use profile::{Calibration, Profile, Sample};
 pub use schedule_kind::ScheduleKind;

@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::Sharding;
 use crate::profile::scale;
 
+/// Gradients are added up between ranks in buffers of about so many bytes.
+pub const BUCKET_BYTES: u64 = 32 << 20;
+
 /// What training adds to the model's own memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Training {
@@ -136,13 +139,20 @@ impl StageSizes {
         };
         let gathered = self.gathered.saturating_mul(copies);
         let optimized = held(Sharding::Optimizer).saturating_add(self.tied);
+        let gradients = held(Sharding::Gradients).saturating_add(self.tied);
+        let activations = self.per_microbatch().saturating_mul(in_flight);
+        let working = self.working.saturating_add(gathered);
+        // Gradients are added up when everything else of the passes is gone.
+        let is_reduced = replicas > 1 || self.tied > 0;
+        let reduced = if is_reduced { gradients.min(BUCKET_BYTES) } else { 0 };
+        let reduced = reduced.saturating_sub(activations.saturating_add(working));
         StageMemory {
             parameters: self.state.saturating_sub(own - held(Sharding::Parameters)),
-            gradients: held(Sharding::Gradients).saturating_add(self.tied),
+            gradients,
             optimizer: scale(optimized, training.optimizer_state_factor_ppm, 1_000_000),
-            activations: self.per_microbatch().saturating_mul(in_flight),
-            working: self.working.saturating_add(gathered),
-            buffers: self.exchanged.saturating_mul(2),
+            activations,
+            working,
+            buffers: self.exchanged.saturating_mul(2).max(reduced),
         }
     }
 }

@@ -109,7 +109,8 @@ impl PlanError {
                 Some("load the deployment of this model, or plan without `load_deployment`".into())
             }
             Self::OtherWorld { planned, .. } => Some(format!(
-                "start {planned} processes, or plan without `load_deployment` for these"
+                "start {planned} processes, or plan without `load_deployment` for these; `rannc plan \
+                 --from` adapts a deployment"
             )),
             Self::NeedsLoss { .. } => {
                 Some("let the model return its loss only, or use the schedule `fill_drain`".into())

@@ -61,14 +61,14 @@ impl<'a> Evaluator<'a> {
         self.costs.source()
     }
 
-    /// Forward and backward of a microbatch through each stage, with all rows on its replicas' first
-    /// device.
+    /// Forward and backward of a microbatch through each stage, of all replicas together if they are like
+    /// the cluster's first device.
     pub(crate) fn loads(&self, candidate: &Candidate) -> Vec<u64> {
         let timing = StageTiming::new(self, candidate);
         let stages = candidate.stages.iter().enumerate();
         let load = |(index, stage): (usize, &StageCandidate)| {
             let rows = self.rows(candidate, stage, 0);
-            let times = timing.times(StageId::new(index), RankId(stage.ranks[0]), rows);
+            let times = timing.times(StageId::new(index), RankId(0), rows);
             times.0.saturating_add(times.1).saturating_mul(stage.ranks.len() as u64)
         };
         stages.map(load).collect()

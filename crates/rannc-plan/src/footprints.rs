@@ -3,14 +3,11 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use rannc_cost::{Footprint, StageMemory, StageWork, is_trained};
+use rannc_cost::{BUCKET_BYTES, Footprint, StageMemory, StageWork, is_trained};
 use rannc_graph::Graph;
 use rannc_schedule::{GradientGroup, Memory, RankTimeline, StageId};
 
 use crate::Placement;
-
-/// The executor adds up gradients in buffers of about so many bytes.
-const BUCKET_BYTES: u64 = 32 << 20;
 
 /// The stages' footprints, each taken once for each number of rows.
 pub(crate) struct Footprints<'a> {

@@ -214,3 +214,6 @@ fn in_order(
     });
     Some(ranks.collect())
 }
+
+#[cfg(test)]
+mod tests;

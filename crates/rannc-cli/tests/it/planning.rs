@@ -51,6 +51,21 @@ fn results_in_json_are_the_files() {
 }
 
 #[test]
+fn a_deployment_is_adapted_to_fewer_devices() {
+    let folder = folder_with_plan();
+    let fewer = ["--from", "plan.json", "--devices", "5", "--json"];
+    let again = rannc(folder.path(), &[&PLAN[..], &fewer].concat());
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!(plan["world_size"], 5);
+    write(&folder, "other.json", &rannc_graph::testing::chain(5, 64).to_json());
+    let arguments = ["plan", "other.json", "--batch", "12", "--cluster", "v100-32gb:6"];
+    let other = rannc(folder.path(), &[&arguments[..], &["--from", "plan.json"]].concat());
+    assert_eq!(other.status.code(), Some(1));
+    assert!(text(&other.stderr).contains("another model"), "{}", text(&other.stderr));
+}
+
+#[test]
 fn clusters_are_files_or_presets_of_which_a_part_can_be_used() {
     let folder = folder_with_graph(4, 64);
     write(&folder, "lab.toml", "devices = [{kind = \"v100-32gb\", count = 6}]\nname = \"lab\"");

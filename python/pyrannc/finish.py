@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _slices
 from ._core import Slot
+from ._reach import differ
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Finish:
     seeded_with: float
     done: bool = False
     weight_share: float | None = None
+    shapes: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def attach(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Makes ``outputs`` require gradients, with this step's backward behind them."""
@@ -43,6 +45,7 @@ class Finish:
         differentiable = [value for value in values if infos[value].requires_grad]
         if not differentiable:
             return outputs
+        self.shapes = {value: tensors[value].to("meta") for value in differentiable}
         attached = _Boundary.apply(
             self,
             differentiable,
@@ -54,9 +57,14 @@ class Finish:
         return [tensors[value] for value in self.variant.graph.outputs]
 
     def backward(
-        self, values: list[int], seeds: Sequence[torch.Tensor]
+        self, values: list[int], given: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """Runs the backward with the gradients of the outputs; returns those of the inputs."""
+        """Runs the backward with the gradients of the outputs; returns those of the inputs.
+
+        Args:
+            values: the outputs.
+            given: the gradient of each; `None` where nothing depends on it on this rank.
+        """
         if torch.is_grad_enabled():
             raise RaNNCError(
                 "a derivative of a gradient was asked for (`create_graph=True`), but what has run "
@@ -72,6 +80,11 @@ class Finish:
                 "backward once",
             )
         self.done = True
+        reached = self._reached(values, [seed is not None for seed in given])
+        seeds = [
+            self._nothing(value) if seed is None else seed
+            for value, seed in zip(values, given, strict=True)
+        ]
         self.weight_share, self.runtime.weight_share = self.runtime.weight_share, None
         if self.variant.has_half:
             self.runtime.loss_scale.note(float(seeds[0]) if seeds[0].dim() == 0 else 1.0)
@@ -81,6 +94,8 @@ class Finish:
                 self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
             self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
         if self.runtime.wanted():
+            for name in self.step.gradients.keys() - reached:
+                del self.step.gradients[name]
             self.runtime.accumulation.prepare(
                 self.step.gradients, self.variant.reduction, reduced=self.reduced
             )
@@ -91,6 +106,21 @@ class Finish:
             self._input_gradient(value, scale, inner=inner)
             for value, inner in zip(self.variant.graph.inputs, self.inner, strict=True)
         ]
+
+    def _reached(self, values: list[int], present: list[bool]) -> frozenset[str]:
+        """The parameters that get a gradient when these outputs have one on any rank."""
+        reached = self.variant.reached
+        if differ(reached):
+            flags = torch.tensor([int(here) for here in present], device=self.runtime.comm.device)
+            with self.runtime.comm.guard("comparing which outputs have gradients"):
+                self.runtime.comm.all_reduce(flags)
+            present = [count > 0 for count in flags.tolist()]
+        parts = [reached[value] for value, here in zip(values, present, strict=True) if here]
+        return frozenset().union(*parts)
+
+    def _nothing(self, value: int) -> torch.Tensor:
+        """The gradient of an output on which nothing depends here."""
+        return torch.zeros_like(self.shapes[value], device=self.runtime.comm.device)
 
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
         """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
@@ -141,11 +171,12 @@ class _Boundary(torch.autograd.Function):
         *inputs: torch.Tensor,  # noqa: ARG004 - what backward answers for
     ) -> tuple[torch.Tensor, ...]:
         ctx.finish = finish
+        ctx.set_materialize_grads(False)
         ctx.values = values
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *seeds: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *seeds: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.finish.backward(ctx.values, seeds)
         return (None, None, None, None, *gradients)
 

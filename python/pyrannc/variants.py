@@ -12,7 +12,10 @@ import hashlib
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from ._reach import reach
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,7 +133,7 @@ def _some(names: list[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-@dataclass(slots=True)
+@dataclass
 class Variant:
     """The model as captured for one mode and one kind of input, laid out by the plan.
 
@@ -162,6 +165,11 @@ class Variant:
     def __post_init__(self) -> None:
         """Looks at the types once."""
         self.has_half = any(value.dtype == "float16" for value in self.executor.values)
+
+    @cached_property
+    def reached(self) -> dict[int, frozenset[str]]:
+        """By differentiable output the names of the parameters that get a gradient from it."""
+        return reach(self.captured, self.graph)
 
     def program(
         self, rows: tuple[int, ...], *, gather: bool, training: bool, reduce: bool, seeded: bool

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from .errors import RaNNCError
+from .optimizer import foreign_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -144,11 +145,8 @@ def check_arguments(model: object, optimizer: object, wrapped: Iterable[torch.nn
             f"`optimizer` is a {type(optimizer).__name__}, needed a torch.optim.Optimizer or None"
         )
     foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
-    if foreign:
-        raise RaNNCError(
-            f"`optimizer` has {foreign} parameters that are not the model's",
-            hint="make one optimizer for each wrapped model, and one for parameters of your own",
-        )
+    if (problem := foreign_parameters(foreign)) is not None:
+        raise problem
 
 
 def check_placement(

@@ -46,6 +46,9 @@ class RaNNCModule(Wrapper):
         enable_zero: whether the replicas of a stage divide the optimizer's state among themselves,
             on every stage that has several; what they divide beyond that, see `sharding` in the
             settings. The parameters that this process holds are then parts of one dimension.
+        check_unused_values: whether parameters and tensor arguments that the model's forward does
+            not use are an error at the first call. By default they are left alone, as by the bare
+            model: such parameters stay as they are on every process, and in all states.
         config: settings; by default those of ``rannc_conf.toml`` and the ``RANNC_*`` variables.
 
     Raises:
@@ -62,6 +65,7 @@ class RaNNCModule(Wrapper):
         *,
         loss_reduction: str = "mean",
         enable_zero: bool = False,
+        check_unused_values: bool = False,
         config: Config | None = None,
     ) -> None:
         """Wraps ``model``; nothing is planned before the first call."""
@@ -77,6 +81,7 @@ class RaNNCModule(Wrapper):
             load_deployment=None if load_deployment is None else str(load_deployment),
             loss_reduction=loss_reduction,
             enable_zero=enable_zero,
+            check_unused_values=check_unused_values,
             config=config or Config.load(),
         )
         # What runs on several ranks is not the compiler's; capture needs its package anyway.

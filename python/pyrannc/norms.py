@@ -143,8 +143,7 @@ class GradientNorm:
     @property
     def is_local(self) -> bool:
         """Whether every rank has all gradients whole, so that none needs to ask another."""
-        everywhere = all(len(r) == self.comm.world_size for r in self.holders.ranks.values())
-        return everywhere and not self.holders.divisions
+        return self.holders.are_all_everywhere
 
     def _dtype(self) -> torch.dtype:
         wide = torch.float32

@@ -18,13 +18,19 @@ _PROBE_SIZE = 64
 _PROBE_SHAPE = (6, 4)
 _PROBE_STEPS = 3
 
-_NOT_ELEMENT_WISE = {
-    "LBFGS": "it looks at all parameters together",
-    "Adafactor": "it keeps sums over the rows and columns of a parameter",
-    "Muon": "it works on whole matrices",
-    "SparseAdam": "it takes sparse gradients",
+_TOGETHER = {"LBFGS": "it looks at all parameters together"}
+_NOT_SEPARABLE = {
+    "parameters": _TOGETHER,
+    "entries": {
+        **_TOGETHER,
+        "Adafactor": "it keeps sums over the rows and columns of a parameter",
+        "Muon": "it works on whole matrices",
+        "SparseAdam": "it takes sparse gradients",
+    },
 }
-"""Optimizers of PyTorch that cannot be shown to work on parts, or only slowly."""
+"""Optimizers of PyTorch that cannot be shown to work on some, or only slowly."""
+_SEPARABLE = {"parameters": {"SparseAdam"}, "entries": set[str]()}
+"""Those that work, but for which the trial has no suitable gradients."""
 
 
 def keep_local(optimizer: torch.optim.Optimizer, local: Container[torch.Tensor]) -> None:
@@ -64,35 +70,72 @@ def state_part(entries: Mapping[str, Any], division: Division, rank: int) -> dic
     }
 
 
-def check_element_wise(optimizer: torch.optim.Optimizer) -> None:
-    """Makes sure that the optimizer does the same to parts of a parameter as to the whole.
+def foreign_parameters(number: int) -> RaNNCError | None:
+    """What to say of an optimizer with so many parameters that are not the model's."""
+    if number == 0:
+        return None
+    return RaNNCError(
+        f"`optimizer` has {number} parameters that are not the model's, so that nobody would add "
+        "up their gradients between the processes",
+        hint="make one optimizer for each wrapped model; wrap one module that holds all that is "
+        "trained together, or train other parameters with an optimizer of their own",
+    )
 
-    Shown by steps of copies of it, with the options of each of its groups, on a small parameter.
+
+def check_parameter_wise(optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that the optimizer does to some parameters what it does to them among all.
+
+    Shown by steps of copies of it, with the options of each of its groups, on two small parameters.
 
     Raises:
         RaNNCError: when it does not, or when that cannot be tried.
     """
-    name = type(optimizer).__name__
-    reason = _NOT_ELEMENT_WISE.get(name)
-    for group in optimizer.param_groups if reason is None else ():
-        try:
-            alike = _steps_alike(optimizer, group)
-        except Exception as error:  # any class may refuse
-            reason = f"a trial step failed with {type(error).__name__}: {error}"
-            break
-        if not alike:
-            reason = "a step on a parameter in two parts gives another result than on the whole"
-            break
+    reason = _reason_against(optimizer, "parameters")
     if reason is not None:
         raise RaNNCError(
-            f"`{name}` cannot train parameters that are divided between replicas: {reason}",
+            f"`{type(optimizer).__name__}` cannot train parameters of which each process holds "
+            f"some: {reason}",
+            hint="set `partition_num=1` and leave out sharding, so that every process holds the "
+            "whole model, or take an optimizer that treats each parameter by itself, such as "
+            "Adam, AdamW or SGD",
+        )
+
+
+def check_element_wise(optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that the optimizer does the same to parts of a parameter as to the whole.
+
+    Shown as by :func:`check_parameter_wise`.
+
+    Raises:
+        RaNNCError: when it does not, or when that cannot be tried.
+    """
+    reason = _reason_against(optimizer, "entries")
+    if reason is not None:
+        raise RaNNCError(
+            f"`{type(optimizer).__name__}` cannot train parameters that are divided between "
+            f"replicas: {reason}",
             hint="leave out `enable_zero` and set `sharding` to `none`, or take an optimizer that "
             "treats each entry by itself, such as Adam, AdamW, SGD, RMSprop or Adagrad",
         )
 
 
-def _steps_alike(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether a whole and its parts are the same after some steps."""
+def _reason_against(optimizer: torch.optim.Optimizer, pieces: str) -> str | None:
+    """Why ranks that each have some parameters, or some entries, would do something else."""
+    name = type(optimizer).__name__
+    if name in _NOT_SEPARABLE[pieces] or name in _SEPARABLE[pieces]:
+        return _NOT_SEPARABLE[pieces].get(name)
+    for group in optimizer.param_groups:
+        try:
+            alike = _steps_alike(optimizer, group, pieces)
+        except Exception as error:  # any class may refuse
+            return f"a trial step failed with {type(error).__name__}: {error}"
+        if not alike:
+            return f"a step on separate {pieces} gives another result than on the whole"
+    return None
+
+
+def _steps_alike(optimizer: torch.optim.Optimizer, group: dict[str, Any], pieces: str) -> bool:
+    """Whether what is stepped together and apart is the same after some steps."""
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in group["params"]), torch.device("cpu"))
 
@@ -100,24 +143,33 @@ def _steps_alike(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> boo
         numbers = torch.randn(_PROBE_SHAPE, generator=generator, dtype=torch.float64)
         return numbers.to(device)
 
-    start, gradients = random(), [random() for _ in range(_PROBE_STEPS)]
-    middle = start.numel() // 2 - 1
-    whole = _stepped(optimizer, group, [start], [[gradient] for gradient in gradients])
-    cut = [[g.reshape(-1)[:middle], g.reshape(-1)[middle:]] for g in [start, *gradients]]
-    parts = _stepped(optimizer, group, cut[0], cut[1:])
-    joined = torch.cat(parts).view(_PROBE_SHAPE)
+    # For each of two parameters its values, and its gradient in each step.
+    whole = [[random() for _ in range(1 + _PROBE_STEPS)] for _ in range(2)]
+    middle = whole[0][0].numel() // 2 - 1
+    parts = whole
+    if pieces == "entries":
+        ends = (slice(None, middle), slice(middle, None))
+        parts = [[t.reshape(-1)[end] for t in history] for history in whole for end in ends]
+    together = _stepped(optimizer, group, whole)
+    apart = [_stepped(optimizer, group, [part])[0] for part in parts]
+    one, other = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (together, apart))
     # In float64 the order of operations is worth 1e-16 a step; any norm or mean changes digits.
-    return torch.allclose(whole[0], joined, rtol=1e-12, atol=1e-12)
+    return torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 def _stepped(
     optimizer: torch.optim.Optimizer,
     group: dict[str, Any],
-    values: Sequence[torch.Tensor],
-    gradients: Sequence[Sequence[torch.Tensor]],
+    histories: Sequence[Sequence[torch.Tensor]],
 ) -> list[torch.Tensor]:
-    """The values after a copy of the optimizer has taken a step with each of the gradients."""
-    parameters = [torch.nn.Parameter(value.clone()) for value in values]
+    """The parameters after a copy of the optimizer has taken a step with each of the gradients.
+
+    Args:
+        optimizer: which to copy.
+        group: the options.
+        histories: for each parameter its values at first, and then its gradients.
+    """
+    parameters = [torch.nn.Parameter(history[0].clone()) for history in histories]
     options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     options = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     copy = object.__new__(type(optimizer))
@@ -126,9 +178,9 @@ def _stepped(
     copy.__dict__.update({k: OrderedDict() for k in vars(optimizer) if k.endswith("_hooks")})
     copy.param_groups = [{**options, "params": parameters}]
     copy.state = defaultdict(dict)
-    for step in gradients:
-        for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = gradient.clone()
+    for step in range(1, len(histories[0])):
+        for parameter, history in zip(parameters, histories, strict=True):
+            parameter.grad = history[step].clone()
         copy.step()
     return [parameter.detach() for parameter in parameters]
 

@@ -17,7 +17,7 @@ import torch
 
 from .errors import MismatchError, RaNNCError
 from .meeting import digest, meet, raise_together
-from .optimizer import keep_local, state_part
+from .optimizer import foreign_parameters, keep_local, state_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -168,15 +168,18 @@ class WholeOptimizer:
         self._models.append(model)
         with holders.comm.guard("sending rank 0's optimizer state to where its parameters are"):
             self._spread(model)
-        elsewhere = {p for p, name in model.names.items() if not holders.is_local(name)}
-        everything = {p for group in self._groups for p in group.parameters}
-        keep_local(self.optimizer, everything - elsewhere)
+        self.keep_local()
+
+    def keep_local(self) -> None:
+        """Leaves to this rank the parameters that it holds now."""
+        keep_local(self.optimizer, {p for p in self._parameters() if self._is_here(p)})
 
     def compare(self, comm: Communicator) -> None:
         """Makes sure that all ranks' optimizers are alike. Collective.
 
         Raises:
             MismatchError: when they differ in parameters or options.
+            RaNNCError: when they have parameters that are not the model's.
         """
         told = [
             f"{type(self.optimizer).__name__} with {_options(options)} for "
@@ -185,6 +188,8 @@ class WholeOptimizer:
         ]
         rows = meet(comm, "the first call of the model, with an optimizer", [digest(str(told))])
         if all(row == rows[0] for row in rows):
+            if (problem := self._problem_of_foreign(self._parameters())) is not None:
+                raise problem
             return
         everyone: list[list[str]] = comm.all_gather_objects(told)
         pairs = enumerate(zip(*everyone, strict=False))
@@ -201,10 +206,6 @@ class WholeOptimizer:
     def undeploy(self, holders: Holders) -> None:
         """Forgets a model; the state of its parameters can no more be gathered."""
         self._models = [model for model in self._models if model.holders is not holders]
-
-    def foreign(self) -> list[torch.Tensor]:
-        """Parameters that belong to no deployed model."""
-        return [p for p in self._parameters() if self._model_of(p) is None]
 
     # ---- The parameters of all ranks
 
@@ -283,7 +284,9 @@ class WholeOptimizer:
                     received[key].copy_(state[parameter][key])
                 comm.broadcast(received[key], 0)
             if received and self._is_here(parameter):
-                state[parameter] = received
+                # The same object: a step whose closure makes the first call goes on with it.
+                state[parameter].clear()
+                state[parameter].update(received)
             else:
                 state.pop(parameter, None)
 
@@ -422,13 +425,20 @@ class WholeOptimizer:
                 hint="after the first call `parameters()` has only this process's; give every "
                 "process the same of `named_parameters(from_global=True)`",
             )
+        if (problem := self._problem_of_foreign(group.parameters)) is not None:
+            return problem
         known = set(self._parameters())
         twice = [self._label(p) for p in group.parameters if p in known]
         if twice:
             return RaNNCError(
-                f"`{twice[0]}` is in another parameter group of the optimizer already"
+                f"`{twice[0]}` is in another parameter group of the optimizer already",
+                hint="give each parameter to one group",
             )
         return None
+
+    def _problem_of_foreign(self, parameters: Iterable[torch.Tensor]) -> RaNNCError | None:
+        """Whether nobody would add up the gradients of some parameters."""
+        return foreign_parameters(sum(p not in self._names for p in parameters))
 
 
 def _group_of(param_group: Mapping[str, Any]) -> _Group:

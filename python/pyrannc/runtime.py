@@ -31,11 +31,12 @@ from .executor import Executor, Step
 from .finish import Finish, comes_from_a_model
 from .meeting import digest, meet
 from .norms import GradientNorm
-from .optimizer import check_element_wise, keep_part
+from .optimizer import check_element_wise, check_parameter_wise, keep_part
 from .optimizer_state import WholeOptimizer
 from .scaling import LossScale
 from .sharding import Sharding
 from .stage import Stage
+from .unused import refuse_unused
 from .variants import Kind, Mode, Variant, Variants, holders_beyond
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Runtime:
         load_deployment: str | None,
         loss_reduction: str,
         enable_zero: bool,
+        check_unused_values: bool,
         config: Config,
     ) -> None:
         """Connects to the other ranks; planning waits for the first batch."""
@@ -135,6 +137,7 @@ class Runtime:
         self.load_deployment = load_deployment
         self.loss_reduction = loss_reduction
         self.config = config
+        self.check_unused_values = check_unused_values
         self.least_sharding = "optimizer" if enable_zero else "none"
         if optimizer is not None and (enable_zero or config.sharding != "none"):
             check_element_wise(optimizer)
@@ -295,6 +298,8 @@ class Runtime:
         else:
             self.whole_optimizer.compare(self.comm)
         captured, graph, kind = self._capture_to_plan(args, kwargs, signature, arrival)
+        if self.check_unused_values:
+            refuse_unused(captured, graph, self.parameters)
         with streams.undisturbed(self.comm.device):
             self.plan = planning.make_plan(
                 self.comm,
@@ -310,6 +315,8 @@ class Runtime:
             logger.info("%s", self.plan.report())
         placement = self.plan.place(graph)
         self.holders = state.Holders(self.comm, dict(placement.holders))
+        if self.optimizer is not None and not self.holders.are_all_everywhere:
+            check_parameter_wise(self.optimizer)
         self._create_groups(placement)
         self._take_part()
         self._divide(placement)
@@ -343,12 +350,26 @@ class Runtime:
         """Takes rank 0's values of what this rank holds, and frees the rest."""
         for name, tensor in [*self.parameters.items(), *self.buffers.items()]:
             tensor.data = self.comm.broadcast(tensor.detach().to(self.comm.device).contiguous(), 0)
-            if isinstance(tensor, torch.nn.Parameter) and not self.holders.is_local(name):
-                elsewhere.take_away(tensor)
-                tensor.grad = None
-                self._elsewhere.append(tensor)
+            if isinstance(tensor, torch.nn.Parameter):
+                self._leave_to_holders(name, tensor)
         if self.whole_optimizer is not None:
             self.whole_optimizer.deploy(self.holders, self.parameters)
+
+    def _place_late(self, placement: _core.Placement) -> None:
+        """Leaves what no form has used until now, and all ranks have, to those that use it."""
+        late = {n: r for n, r in placement.holders.items() if n not in self.holders.ranks}
+        self.holders.ranks.update(late)
+        for name in late:
+            if name in self.parameters:
+                self._leave_to_holders(name, self.parameters[name])
+        if self.whole_optimizer is not None:
+            self.whole_optimizer.keep_local()
+
+    def _leave_to_holders(self, name: str, parameter: torch.nn.Parameter) -> None:
+        if not self.holders.is_local(name):
+            elsewhere.take_away(parameter)
+            parameter.grad = None
+            self._elsewhere.append(parameter)
 
     def _divide(self, placement: _core.Placement) -> None:
         """Makes parameters that replicas divide this rank's part of them."""
@@ -394,6 +415,7 @@ class Runtime:
                 captured, graph = self._capture(args, kwargs, arrival)
             placement = self.plan.place(graph, self.divided)
             self._check_holders(placement)
+            self._place_late(placement)
             self._create_groups(placement)
             variant = self._build(captured, graph, placement)
             self._keep(kind, variant)

@@ -87,6 +87,12 @@ class Holders:
         bounds = [(rank, *division.bounds(rank)) for rank in division.ranks]
         return [Piece((rank,), start, stop) for rank, start, stop in bounds if start < stop]
 
+    @property
+    def are_all_everywhere(self) -> bool:
+        """Whether every rank holds everything whole."""
+        everyone = list(range(self.comm.world_size))
+        return not self.divisions and all(ranks == everyone for ranks in self.ranks.values())
+
     def is_local(self, name: str) -> bool:
         """Whether this rank holds ``name``, or a part of it."""
         return name not in self.ranks or self.comm.rank in self.ranks[name]

@@ -46,7 +46,6 @@ def main() -> None:
         max_grad_norm=0.5,
         logging_steps=1,
         save_strategy="epoch",
-        save_only_model=True,
         eval_strategy="epoch",
         report_to="none",
         use_cpu=True,

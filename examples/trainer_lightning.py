@@ -68,7 +68,7 @@ def main() -> None:
         max_epochs=2,
         gradient_clip_val=0.5,
         accumulate_grad_batches=2,
-        callbacks=[ModelCheckpoint(options.output, filename="last", save_weights_only=True)],
+        callbacks=[ModelCheckpoint(options.output, filename="last")],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -33,7 +33,11 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def deployment(
-    make: Callable[[], torch.nn.Module], args: tuple[Any, ...], layout: Layout, folder: str
+    make: Callable[[], torch.nn.Module],
+    args: tuple[Any, ...],
+    layout: Layout,
+    folder: str,
+    microbatches: int = 2,
 ) -> str:
     """The file of a plan with these stages; collective.
 
@@ -42,9 +46,10 @@ def deployment(
         args: this process's batch.
         layout: the ranks of each stage.
         folder: where to put the file.
+        microbatches: how many there are.
     """
     path = Path(folder) / "deployment.json"
-    planned = pyrannc.RaNNCModule(make(), config=config(len(layout)))
+    planned = pyrannc.RaNNCModule(make(), config=config(len(layout), microbatches))
     with torch.no_grad():
         planned(*args)
     planned.save_deployment(path)

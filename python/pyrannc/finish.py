@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .variants import Variant
 
 
+Source: TypeAlias = "tuple[Finish, int]"
+"""A call of a wrapped model, and the number of one of its outputs in its graph."""
+
+
 @dataclass(slots=True)
 class Finish:
     """The backward half of one step, run when autograd reaches it."""
@@ -30,11 +34,10 @@ class Finish:
     program: _core.Program
     step: Step
     arrival: Arrival
-    inner: list[bool]
+    sources: list[list[Source]]
     reduced: bool
     seeded_with: float
     done: bool = False
-    weight_share: float | None = None
     shapes: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def attach(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -85,7 +88,7 @@ class Finish:
             self._nothing(value) if seed is None else seed
             for value, seed in zip(values, given, strict=True)
         ]
-        self.weight_share, self.runtime.weight_share = self.runtime.weight_share, None
+        self.runtime.loss_weight.begin()
         if self.variant.has_half:
             self.runtime.loss_scale.note(float(seeds[0]) if seeds[0].dim() == 0 else 1.0)
         scale = seeds[0] / self.seeded_with if self.program.fused else None
@@ -103,8 +106,8 @@ class Finish:
             if not self.arrival.delayed:
                 self.runtime.accumulation.reduce()
         return [
-            self._input_gradient(value, scale, inner=inner)
-            for value, inner in zip(self.variant.graph.inputs, self.inner, strict=True)
+            self._input_gradient(value, scale, sources)
+            for value, sources in zip(self.variant.graph.inputs, self.sources, strict=True)
         ]
 
     def _reached(self, values: list[int], present: list[bool]) -> frozenset[str]:
@@ -124,28 +127,29 @@ class Finish:
 
     def _weighted(self, value: int, seed: torch.Tensor) -> torch.Tensor:
         """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
-        share = self._share(value)
+        share = self.share(value)
         if share == 0:  # a mean of nothing, whose gradient may be no number
             return torch.zeros_like(seed, memory_format=torch.contiguous_format)
         return seed.contiguous() if share == 1 else seed * share
 
-    def _share(self, value: int) -> float:
+    def share(self, value: int) -> float:
         """What a mean over this rank's rows counts for in the mean over all."""
         info = self.variant.executor.values[value]
         rows = self.arrival.rows[self.runtime.comm.rank]
         if info.transport != "split" or self.runtime.loss_reduction == "sum":
             return 1
-        if self.weight_share is not None:
-            return self.weight_share
+        self.runtime.loss_weight.begin()
+        if self.runtime.loss_weight.share is not None:
+            return self.runtime.loss_weight.share
         return 1 if rows == 0 else rows / self.arrival.total
 
     def _input_gradient(
-        self, value: int, scale: torch.Tensor | None, *, inner: bool
+        self, value: int, scale: torch.Tensor | None, sources: list[Source]
     ) -> torch.Tensor | None:
         """That of the global loss, as on one device.
 
-        But what another wrapped model gave, which will weight it anew, gets the gradient of this
-        rank's own mean, which is what outputs are given: see `_weighted`.
+        But what other wrapped models gave, which will weight it as they weight all gradients of
+        their outputs (see `_weighted`), is divided by that weight before.
         """
         info = self.variant.executor.values[value]
         if not info.requires_grad:
@@ -155,7 +159,15 @@ class Finish:
             rank = self.runtime.comm.rank
             return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)
         gradient = gradient if scale is None else gradient * scale
-        return gradient / (self._share(value) or 1) if inner else gradient
+        shares = {finish.share(output) for finish, output in sources}
+        if len(shares) > 1:
+            raise RaNNCError(
+                "an input was computed from outputs of several wrapped models, whose gradients "
+                f"count with different weights, {sorted(shares)}, on this process",
+                hint="give the models equally many rows, and call `set_loss_weight` on all of them "
+                "or on none",
+            )
+        return gradient / (shares.pop() or 1) if shares else gradient
 
 
 class _Boundary(torch.autograd.Function):
@@ -181,17 +193,20 @@ class _Boundary(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
-def comes_from_a_model(tensor: torch.Tensor) -> bool:
-    """Whether a wrapped model's output is among what the tensor was computed from."""
-    waiting = [tensor.grad_fn]
+def sources_of(tensor: torch.Tensor) -> list[Source]:
+    """The outputs of wrapped models that the tensor was computed from, not through another one."""
+    found: list[Source] = []
+    waiting = [(tensor.grad_fn, tensor.output_nr)]
     seen = set(waiting)
     while waiting:
-        node = waiting.pop()
+        node, number = waiting.pop()
         if node is None:
             continue
         if type(node).__name__ == f"{_Boundary.__name__}Backward":
-            return True
-        following = {before for before, _ in node.next_functions} - seen
+            boundary: Any = node
+            found.append((boundary.finish, boundary.values[number]))
+            continue
+        following = set(node.next_functions) - seen
         seen |= following
         waiting += following
-    return False
+    return found

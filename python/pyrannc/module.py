@@ -337,7 +337,7 @@ class RaNNCModule(Wrapper):
 
         A loss computed outside of the model that is a mean over something else than rows (targets
         that are not ignored, unmasked tokens, summed class weights) counts with this weight among
-        the losses of all processes, in the next backward only.
+        the losses of all processes, in the next backward only, for all calls that it reaches.
 
         Args:
             weight: how many this process's loss averages over, at least 0: a number or a tensor
@@ -351,7 +351,7 @@ class RaNNCModule(Wrapper):
             RaNNCError: when no process has a weight above 0, one has a negative one, or losses
                 are sums by `loss_reduction`.
         """
-        return self._runtime.weigh_loss(float(weight))
+        return self._runtime.loss_weight.set(float(weight))
 
     def enable_dropout(self, enabled: bool = True) -> None:  # noqa: FBT001 - the original's
         """Switches dropout on or off from the next call on, whatever mode the modules are in.

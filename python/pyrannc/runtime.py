@@ -28,7 +28,8 @@ from .companions import companions, synchronized_stages
 from .dropout import set_dropout
 from .errors import ExecutionError, MismatchError, PlanError, RaNNCError
 from .executor import Executor, Step
-from .finish import Finish, comes_from_a_model
+from .finish import Finish, sources_of
+from .loss_weight import LossWeight
 from .meeting import digest, meet
 from .norms import GradientNorm
 from .optimizer import check_element_wise, check_parameter_wise, keep_part
@@ -149,7 +150,6 @@ class Runtime:
         self._registered = Registered(model)
         self._variants = Variants()
         self.dropout: bool | None = None
-        self.weight_share: float | None = None
         self.whole_optimizer: WholeOptimizer | None = None
         if optimizer is not None:
             self.whole_optimizer = WholeOptimizer.of(optimizer, self.parameters)
@@ -157,6 +157,7 @@ class Runtime:
         self._whole: set[int] = set()
         self._guards: guards.Guards | None = None
         self.closed = False
+        self.loss_weight = LossWeight(self.comm, loss_reduction)
         self.sharding = Sharding(self.comm)
         self.accumulation = Accumulation(self.comm, self.parameters)
         if optimizer is not None:
@@ -211,8 +212,8 @@ class Runtime:
             step.buffers.finish(self.comm, variant.executor.stages, ranks)
         outputs = self._outputs(variant, step)
         if arrival.training:
-            inner = [comes_from_a_model(tensor) for tensor in given]
-            finish = Finish(self, variant, program, step, arrival, inner, reduce, scale)
+            sources = [sources_of(tensor) for tensor in given]
+            finish = Finish(self, variant, program, step, arrival, sources, reduce, scale)
             outputs = finish.attach(inputs, outputs)
         return variant.captured.unflatten_outputs(outputs)
 
@@ -571,22 +572,6 @@ class Runtime:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-
-    def weigh_loss(self, weight: float) -> float:
-        """Has the next backward weigh this rank's loss so among all ranks' losses; collective."""
-        told = torch.tensor([weight, 0.0], dtype=torch.float64)
-        told[1] = float(not weight >= 0 or self.loss_reduction == "sum")
-        with self.comm.guard("adding up the weights of the losses"):
-            total, refused = self.comm.all_reduce(told.to(self.comm.device)).tolist()
-        if refused or total == 0:
-            found = 'with `loss_reduction="sum"`' if self.loss_reduction == "sum" else f"{weight}"
-            raise RaNNCError(
-                f"the weight of a loss is {found} here and {total} in all, needed numbers of at "
-                'least 0, of which one is more, and `loss_reduction="mean"`',
-                hint="give the number of what this process's loss is a mean over",
-            )
-        self.weight_share = weight / total
-        return self.weight_share
 
     def close(self) -> None:
         """Leaves the other ranks. Local parameters keep their values."""

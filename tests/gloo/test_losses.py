@@ -184,3 +184,84 @@ def outside(stages: int) -> None:
 @pytest.mark.parametrize("stages", [1, 2])
 def test_losses_outside_of_the_model_are_weighted(pools: Pools, stages: int) -> None:
     pools.run(2, outside, stages)
+
+
+def local_mean(losses: list[Tensor], labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean over targets of several batches together, and how many there are."""
+    counted = sum((label >= 0).sum() for label in labels)
+    assert isinstance(counted, Tensor)
+    return sum(losses, torch.zeros(())) / counted.clamp(min=1), counted
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-1, reduction="sum")
+
+
+def twice(stages: int) -> None:
+    """Two calls before one backward, then a step whose losses are means over rows again."""
+    bare = Scored(None).double()
+    wrapped: Any = pyrannc.RaNNCModule(Scored(None).double(), config=config(stages, 2))
+    batches = [batch(8, 1), batch(5, 2)]
+    parts = [(local(tokens), local(labels)) for tokens, labels in batches]
+    expected, _ = local_mean([summed(bare(x), y) for x, y in batches], [y for _, y in batches])
+    given, counted = local_mean([summed(wrapped(x), y) for x, y in parts], [y for _, y in parts])
+    wrapped.set_loss_weight(counted)
+    expected.backward()
+    given.backward()
+    same_gradients(wrapped, bare)
+    for model, (tokens, _) in ((bare, batches[1]), (wrapped, parts[1])):
+        model.zero_grad()
+        model(tokens).square().mean().backward()
+    same_gradients(wrapped, bare)
+    wrapped.undeploy()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_weight_is_for_all_calls_of_a_backward(pools: Pools, stages: int) -> None:
+    pools.run(2, twice, stages)
+
+
+def layers(width: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, width)).double()
+
+
+def chained(stages: int, first_reduction: str) -> None:
+    """A model that judges what another one makes: the loss's weight is that of both."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([1, 0, 1, -1, -1, 0, -1])
+    bare = [layers(4, 0), layers(2, 1)]
+    reductions = (first_reduction, "mean")
+    wrapped: list[Any] = [
+        pyrannc.RaNNCModule(model, loss_reduction=reduction, config=config(stages, 2))
+        for model, reduction in zip([layers(4, 0), layers(2, 1)], reductions, strict=True)
+    ]
+    for step in range(2):
+        # A loss of its own makes no sense for the first model where its gradients are sums.
+        both = step == 1 and first_reduction == "mean"
+        for make, judge, rows, targets in (
+            (*bare, x, labels),
+            (*wrapped, local(x), local(labels)),
+        ):
+            made = make(rows)
+            loss = F.cross_entropy(judge(made), targets, ignore_index=-1)
+            if judge is wrapped[1]:
+                count = (targets >= 0).sum()
+                judge.set_loss_weight(count)
+                if both:
+                    make.set_loss_weight(count)
+            if both:
+                loss = loss + (made.square().mean(1) * (targets >= 0)).sum() / (targets >= 0).sum()
+            make.zero_grad()
+            judge.zero_grad()
+            loss.backward()
+        for ours, theirs in zip(wrapped, bare, strict=True):
+            same_gradients(ours, theirs)
+    for model in wrapped:
+        model.undeploy()
+
+
+@pytest.mark.parametrize(("stages", "first"), [(1, "mean"), (2, "mean"), (2, "sum")])
+def test_a_weight_reaches_a_model_through_another(pools: Pools, stages: int, first: str) -> None:
+    pools.run(2, chained, stages, first)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -162,10 +162,23 @@ class Accumulation:
         )
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuses steps of the optimizer while gradients wait."""
+        """Refuses steps of the optimizer while gradients wait, also those that its closure left."""
 
-        def before_step(*_: object) -> None:
-            self.refuse("optimizer.step()")
+        def before_step(
+            _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            own, *given = args
+            closure = kwargs.get("closure", given[0] if given else None)
+            if closure is None:
+                self.refuse("optimizer.step()")
+                return None
+
+            def checked() -> Any:
+                loss = closure()
+                self.refuse("optimizer.step()")
+                return loss
+
+            return (own,), {**kwargs, "closure": checked}
 
         optimizer.register_step_pre_hook(before_step)
 

@@ -227,6 +227,11 @@ def misuse(folder: str) -> None:
         backward()
     optimizer.zero_grad()
     optimizer.step()  # there is nothing to step with
+    with wrapped.no_sync():
+        backward()
+    optimizer.step(backward)
+    with wrapped.no_sync(), pytest.raises(pyrannc.RaNNCError, match="not been added up yet"):
+        optimizer.step(backward)
     wrapped.undeploy()
 
 

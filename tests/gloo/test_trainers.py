@@ -1,18 +1,24 @@
-"""The trainers people use: the examples on two processes, beside plain runs on one."""
+"""The trainers people use on two processes, beside plain ones on one."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import pyrannc
+from tests.gloo.layouts import config
+
+if TYPE_CHECKING:
+    from tests.gloo.pool import Pools
 
 pytestmark = [pytest.mark.gloo, pytest.mark.timeout(150)]
 
@@ -56,6 +62,7 @@ def run_both(example: str, folder: Path) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+@pytest.mark.slow
 def test_hugging_face(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -72,24 +79,233 @@ def test_hugging_face(tmp_path: Path) -> None:
         torch.testing.assert_close(saved, expected, **TOLERANCE)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "accumulating": {"gradient_accumulation_steps": 2},
+    "bfloat16": {"bf16": True, "gradient_accumulation_steps": 2},
+    "best": {"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+}
+
+
+class Tagger(torch.nn.Module):
+    """Predicts a tag for each word that has one; its loss is a mean as the trainer asks for."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [torch.nn.Embedding(20, 8), torch.nn.Linear(8, 16), torch.nn.Tanh()]
+        self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(16, 5)).to(dtype)
+
+    def forward(
+        self,
+        words: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        scores = self.layers(words)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = torch.nn.functional.cross_entropy(
+            scores.flatten(0, 1), labels.flatten(), reduction=reduction
+        )
+        return {"loss": loss if num_items_in_batch is None else loss / num_items_in_batch}
+
+
+class Tagged(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Rows with from none to all of their words tagged."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        words = (torch.arange(6) * (index + 1)) % 20
+        return {"words": words, "labels": (words % 5).masked_fill(words % 7 < index % 5, -100)}
+
+
+def tag(
+    folder: Path, options: dict[str, Any], *, stages: int = 0, stop: int = 0, resume: bool = False
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Trains; what was logged, and rank 0's whole state in the end.
+
+    Args:
+        folder: where checkpoints are.
+        options: of the trainer.
+        stages: of the model; 0 for a plain trainer.
+        stop: how many steps to stop after; 0 for all.
+        resume: whether to go on from the last checkpoint.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from pyrannc.integrations.transformers import RaNNCTrainer
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == stop
+
+    rows = 4 // pyrannc.get_world_size()
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        max_grad_norm=0.1,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    model = Tagger(torch.float32 if "bf16" in options else torch.float64)
+    settings = {"config": config(stages)} if stages else {}
+    trainer = (RaNNCTrainer if stages else Trainer)(
+        model,
+        arguments,
+        train_dataset=Tagged(),
+        eval_dataset=Tagged(),
+        callbacks=[Stop],
+        **settings,
+    )
+    history = [trainer.evaluate()]
+    trainer.train(resume_from_checkpoint=resume)
+    history += trainer.state.log_history
+    state = trainer.model_wrapped.state_dict()
+    pyrannc.clear()
+    names = ("loss", "grad_norm", "eval_loss")
+    logged = [{name: entry[name] for name in names if name in entry} for entry in history]
+    return logged, {name: tensor.clone() for name, tensor in state.items()}
+
+
+QUICK = [("accumulating", 2), ("bfloat16", 2), ("best", 1)]
+
+
 @pytest.mark.parametrize(
-    "option",
+    ("name", "stages"),
     [
-        {"save_strategy": "epoch"},
-        {"save_strategy": "no", "torch_compile": True},
+        pytest.param(name, stages, marks=() if (name, stages) in QUICK else pytest.mark.slow)
+        for name in OPTIONS
+        for stages in (1, 2)
     ],
-    ids=str,
 )
-def test_options_of_the_trainer_that_cannot_work(option: dict[str, Any], tmp_path: Path) -> None:
+def test_hugging_face_options(name: str, stages: int, pools: Pools, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    logged, state = tag(tmp_path / "plain", OPTIONS[name])
+    train = partial(tag, tmp_path / "ours", OPTIONS[name], stages=stages)
+    found, theirs = pools.run(2, train, seconds=SECONDS)[0]
+    if name == "bfloat16":  # parts are rounded one by one, as in `test_precision.py`
+        tolerance = {"rtol": 2**-7, "atol": 2**-7}
+        torch.testing.assert_close(found, logged, **tolerance)
+        torch.testing.assert_close(theirs, state, **tolerance)
+        return
+    torch.testing.assert_close(found, logged, rtol=1e-6, atol=0)  # it logs in float32
+    torch.testing.assert_close(theirs, state, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_hugging_face_resumes(stages: int, pools: Pools, tmp_path: Path) -> None:
+    """By another plan, and as a plain trainer, as if it had never stopped."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options = OPTIONS["accumulating"]
+    folder, copied = tmp_path / "ours", tmp_path / "copied"
+    _, state = tag(tmp_path / "plain", options)
+    train = partial(tag, folder, options)
+    pools.run(2, partial(train, stages=stages, stop=3), seconds=SECONDS)
+    shutil.copytree(folder, copied)
+    resumed = pools.run(2, partial(train, stages=3 - stages, resume=True))
+    for found in (resumed[0][1], tag(copied, options, resume=True)[1]):
+        torch.testing.assert_close(found, state, rtol=1e-10, atol=1e-12)
+
+
+def test_options_of_the_trainer_that_cannot_work(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from pyrannc.integrations.transformers import RaNNCTrainer
 
     arguments = transformers.TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", **option
+        str(tmp_path), use_cpu=True, report_to="none", torch_compile=True
     )
     with pytest.raises(pyrannc.RaNNCError, match="cannot be used with a model that RaNNC"):
         RaNNCTrainer(torch.nn.Linear(2, 2), arguments)
+
+
+def regress(
+    folder: Path, *, epochs: int, stages: int = 0, resume: bool = False
+) -> dict[str, torch.Tensor]:
+    """Trains with Lightning; the network's state in the checkpoint of the last epoch.
+
+    Args:
+        folder: where checkpoints are.
+        epochs: how many, also those before the checkpoint.
+        stages: of the network; 0 for a plain trainer.
+        resume: whether to go on from the checkpoint.
+    """
+    import lightning
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+    from pyrannc.integrations.lightning import RaNNCStrategy
+
+    class Regression(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = [torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)]
+            self.network: torch.nn.Module = torch.nn.Sequential(*layers).double()
+
+        def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+            return torch.nn.functional.mse_loss(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-2)
+            if stages:
+                self.network = pyrannc.RaNNCModule(self.network, optimizer, config=config(stages))
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    world_size = pyrannc.get_world_size()
+    x = torch.randn(24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    sampler = DistributedSampler(data, world_size, pyrannc.get_rank(), shuffle=False)
+    distributed = {"strategy": RaNNCStrategy(), "plugins": [TorchElasticEnvironment()]}
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        max_epochs=epochs,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2,
+        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **(distributed if stages else {}),
+    )
+    checkpoint = folder / f"epoch={epochs - 2}.ckpt" if resume else None
+    loader = DataLoader(data, batch_size=4 // world_size, sampler=sampler)
+    trainer.fit(Regression(), loader, ckpt_path=checkpoint)
+    return torch.load(folder / f"epoch={epochs - 1}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning's own calls of PyTorch
+def test_lightning_resumes(pools: Pools, tmp_path: Path) -> None:
+    """By another plan, and as a plain trainer, as if it had never stopped."""
+    pytest.importorskip("lightning")
+    state = regress(tmp_path / "plain", epochs=2)
+    train = partial(regress, tmp_path / "ours")
+    pools.run(2, partial(train, epochs=1, stages=2), seconds=SECONDS)
+    shutil.copytree(tmp_path / "ours", tmp_path / "copied")
+    pools.run(2, partial(train, epochs=2, stages=1, resume=True))
+    regress(tmp_path / "copied", epochs=2, resume=True)
+    for folder in ("ours", "copied"):
+        found = torch.load(tmp_path / folder / "epoch=1.ckpt", weights_only=True)["state_dict"]
+        torch.testing.assert_close(found, state, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow

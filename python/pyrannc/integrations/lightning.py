@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class RaNNCStrategy(DDPStrategy):
     """Processes, samplers and reductions of logged values as with DDP, but nothing is wrapped.
 
-    Checkpoints hold the whole network by the names it had before it was wrapped, but not the
-    optimizer: use ``ModelCheckpoint(save_weights_only=True)``.
+    Checkpoints hold the whole network by the names it had before it was wrapped, and the whole
+    state of its optimizer, so that a run of any number of processes resumes from them.
     """
 
     strategy_name = "rannc"
@@ -42,7 +42,8 @@ class RaNNCStrategy(DDPStrategy):
         """Has the module make its optimizers.
 
         Raises:
-            RaNNCError: when it then has trained parameters that nobody adds up.
+            RaNNCError: when it then has trained parameters that nobody adds up, or an optimizer
+                that was not given to the network that it trains.
         """
         super().setup_optimizers(trainer)
         module = self._module()
@@ -51,6 +52,12 @@ class RaNNCStrategy(DDPStrategy):
             raise RaNNCError(
                 "no part of the LightningModule is a RaNNCModule",
                 hint="wrap the network in configure_optimizers(), once its optimizer exists",
+            )
+        given = [part._runtime.optimizer for part in parts.values()]
+        if not all(any(known is own for known in given) for own in self.optimizers):
+            raise RaNNCError(
+                "configure_optimizers() returned an optimizer that no RaNNCModule was given",
+                hint="wrap the network with its optimizer: RaNNCModule(self.network, optimizer)",
             )
         inside = tuple(f"{name}." for name in parts)
         for name, parameter in module.named_parameters():
@@ -77,16 +84,15 @@ class RaNNCStrategy(DDPStrategy):
         state.update({k: v.detach() for k, v in outside if not k.startswith(inside)})
         return state
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:  # noqa: ARG002
-        """Refused: this process has but its own part.
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """All of an optimizer's state; collective.
 
-        Raises:
-            RaNNCError: always.
+        Returns:
+            What a plain optimizer of the bare network has, on rank 0; nothing on the others.
         """
-        raise RaNNCError(
-            "a checkpoint would hold the optimizer state of one process only",
-            hint="use ModelCheckpoint(save_weights_only=True)",
-        )
+        own: Any = getattr(optimizer, "optimizer", optimizer)  # Lightning has a class around it
+        whole: dict[str, Any] = own.state_dict(from_global=True)
+        return whole
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -4,28 +4,30 @@
 
 The trainer's own launching, data loading, schedules, clipping and logging go on as they are. What
 differs: the model is wrapped once its optimizer exists, its loss is that of the global batch, and
-its state is gathered from all ranks before rank 0 saves it.
+checkpoints are gathered from all ranks before rank 0 writes them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+import copy
+from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from pyrannc.errors import RaNNCError
 from pyrannc.module import RaNNCModule
-
-if TYPE_CHECKING:
-    import torch
 
 
 class RaNNCTrainer(Trainer):
     """A ``Trainer`` whose model is distributed by RaNNC.
 
-    Checkpoints hold the whole model, as ``from_pretrained`` reads it, but not the optimizer: set
-    ``save_only_model=True``. Gradient accumulation averages over steps, not over targets.
+    It trains as a plain ``Trainer`` of one process whose batches are those of all processes
+    together. Checkpoints are a plain trainer's: they hold the whole model and the whole state of
+    its optimizer, and resume with any number of processes.
 
     Args:
         *args: as for ``Trainer``.
@@ -33,35 +35,17 @@ class RaNNCTrainer(Trainer):
         **kwargs: as for ``Trainer``.
 
     Raises:
-        RaNNCError: for options that would save or load what this process does not have, or scale
-            losses by what it does not see.
+        RaNNCError: for options that compute the loss outside of the model, or distribute it
+            otherwise.
     """
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = config
-        # The model's own mean is that of the global batch, so there is no number to divide by.
-        self.model_accepts_loss_kwargs = False
+        # What this multiplies losses by makes up for an average over processes that is not taken.
+        self.args = copy.copy(self.args)
+        self.args.average_tokens_across_devices = False
         self._check_arguments()
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - its signature
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As ``Trainer.train``, from the beginning.
-
-        Raises:
-            RaNNCError: when told to resume.
-        """
-        if resume_from_checkpoint:
-            raise RaNNCError(
-                "`resume_from_checkpoint` needs optimizer state that checkpoints of a distributed "
-                "model do not have",
-                hint="load the model with from_pretrained(checkpoint) and train it anew",
-            )
-        return super().train(None, trial, ignore_keys_for_eval)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001 - the base's
         """Writes the whole model; collective, though only rank 0 writes."""
@@ -75,14 +59,56 @@ class RaNNCTrainer(Trainer):
     def _wrap_model(
         self,
         model: torch.nn.Module,
-        training: bool = True,  # noqa: FBT001 - the base's
+        training: bool = True,  # noqa: ARG002, FBT001 - the base's
         dataloader: Any = None,  # noqa: ARG002
     ) -> torch.nn.Module:
-        if isinstance(self.model_wrapped, RaNNCModule):
-            return self.model_wrapped
-        if not training:
-            return model
-        return RaNNCModule(model, self.optimizer, config=self._config)
+        if not isinstance(self.model_wrapped, RaNNCModule):
+            self.create_optimizer()  # evaluation before training has none yet
+            self.model_wrapped = RaNNCModule(model, self.optimizer, config=self._config)
+        return self.model_wrapped
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> torch.Tensor | int | None:
+        """How many targets all processes have in an accumulated batch; collective."""
+        number = super()._get_num_items_in_batch(batch_samples, device)
+        if number is None:
+            return None
+        numbers: torch.Tensor = self.accelerator.gather(torch.as_tensor(number, device=device))
+        return numbers.sum()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Writes the optimizer's whole state; collective, though only rank 0 writes."""
+        assert self.lr_scheduler is not None
+        whole = self._own_optimizer().state_dict(from_global=True)
+        if self.args.should_save:
+            torch.save(whole, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Takes this process's part of the optimizer's state, if the checkpoint has one."""
+        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER_NAME).is_file():
+            return
+        whole, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        assert self.lr_scheduler is not None
+        self._own_optimizer().load_state_dict(whole, from_global=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model or self.model_wrapped)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _own_optimizer(self) -> Any:
+        """The one that was wrapped, which accelerate wraps once more."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast, which accelerate gives to models that it wraps itself."""
@@ -92,10 +118,7 @@ class RaNNCTrainer(Trainer):
         return stack
 
     def _check_arguments(self) -> None:
-        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
         refused = {
-            "save_only_model=False": saves and not self.args.save_only_model,
-            "load_best_model_at_end=True": self.args.load_best_model_at_end,
             "compute_loss_func": self.compute_loss_func is not None,
             "label_smoothing_factor": self.label_smoother is not None,
             "fsdp or deepspeed": self.is_fsdp_enabled or self.is_deepspeed_enabled,
@@ -105,6 +128,5 @@ class RaNNCTrainer(Trainer):
             if found:
                 raise RaNNCError(
                     f"`{option}` cannot be used with a model that RaNNC distributes",
-                    hint="set save_only_model=True, have the model compute its loss, and leave the "
-                    "other options out",
+                    hint="have the model compute its loss, and leave other options out",
                 )

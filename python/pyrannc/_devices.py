@@ -12,6 +12,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from ._stated import Stated
+
 
 def move_operators(module: fx.GraphModule, device: torch.device, names: list[str]) -> None:
     """Has all operators of a module make their tensors on `device`.
@@ -29,6 +31,9 @@ def move_operators(module: fx.GraphModule, device: torch.device, names: list[str
         if node.op in ("call_function", "call_module"):
             node.args = map_aggregate(node.args, moved)
             node.kwargs = map_aggregate(dict(node.kwargs), moved)
+    for child in module.children():
+        if isinstance(child, Stated):
+            move_operators(child.inner, device, [])
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in names:
         if name in read:

@@ -27,6 +27,7 @@ from ._layout import NONE, SUM, WHOLE, Content, Layout, MixesRows, Split, fallba
 from ._opaque import Opaque
 from ._row_rules import layouts_of
 from ._sizes import Size, Symbols, depends_on_rows
+from ._stated import Stated
 from ._sums import layout_with_sums
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class RowAnalysis:
         rewrites: what to change so that every reduction over the batch is a plain sum.
         reason: why the model cannot be split, if it cannot.
         mixing: the submodules whose own operators compute across rows.
+        culprits: these operators.
     """
 
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
     rewrites: list[Rewrite] = field(default_factory=list)
     reason: str | None = None
     mixing: set[str] = field(default_factory=set)
+    culprits: list[fx.Node] = field(default_factory=list)
 
 
 class Call:
@@ -167,6 +170,7 @@ class _Analyser:
             layouts = self._layouts(call)
             self._check_writes(call)
         except MixesRows as mixes:
+            self.found.culprits.append(node)
             self._note(what, str(mixes))
             layouts = [fallback(call.shape(output)) for output in call.outputs]
         else:
@@ -175,6 +179,8 @@ class _Analyser:
 
     def _layouts(self, call: Call) -> list[Layout]:
         given = [call.layout(tensor) for tensor in call.tensors]
+        if isinstance(call.operator.target, Stated):
+            return [SUM]
         if WHOLE in given:
             return [fallback(call.shape(output)) for output in call.outputs]
         if SUM in given:

@@ -69,6 +69,20 @@ class Structure:
             object.__setattr__(filled, name, item)
         return filled
 
+    def paths(self) -> list[str]:
+        """A name for each tensor, by its index: its path in the container."""
+        found: dict[int, str] = {}
+
+        def walk(part: Structure, path: tuple[str, ...]) -> None:
+            if part.kind == "tensor":
+                found[part.value] = ".".join(path)
+            names = part.keys or range(len(part.children))
+            for name, child in zip(names, part.children, strict=True):
+                walk(child, (*path, str(name)))
+
+        walk(self, ())
+        return [found[index] for index in range(len(found))]
+
     def describe(self, leaf: Callable[[int], str]) -> str:
         """A text that is equal for equal structures; `leaf` describes the tensor of an index."""
         if self.kind == "tensor":

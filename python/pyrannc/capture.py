@@ -26,11 +26,14 @@ from ._measure import OneBatchSizeError, measure
 from ._opaque import Opaque
 from ._rows import RowAnalysis, analyse, getattr_path, is_random
 from ._sizes import ROWS
+from ._stated import state
 from ._structure import Structure, flatten
 from .errors import CaptureError
 from .streams import draws, share
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import fx
 
 _EXPORTED_NAME = "model."
@@ -86,6 +89,11 @@ class Captured:
         """What the model returns, made of the graph's outputs."""
         return self._results.build(tensors)
 
+    @property
+    def output_names(self) -> list[str]:
+        """The paths of the graph's outputs in what the model returns."""
+        return self._results.paths()
+
     def move_to(self, device: torch.device) -> None:
         """Has stages that are built from now on, and the denominators, run on `device`.
 
@@ -127,6 +135,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     batch_rows_hint: int | None = None,
+    output_reduction: Mapping[str, str] | str | None = None,
 ) -> Captured:
     """Captures a model's forward for arguments like these.
 
@@ -135,6 +144,8 @@ def capture(
         args: positional arguments of one call.
         kwargs: keyword arguments of the call.
         batch_rows_hint: the batch size, where the arguments leave it in doubt.
+        output_reduction: for results that reduce over rows otherwise than the analysis can tell,
+            by their paths or for all: `mean` or `sum` of what parts of the batch give.
 
     Raises:
         CaptureError: when the arguments or results have a form that cannot be taken apart.
@@ -152,6 +163,12 @@ def capture(
         other, still_mixing = _captured(call, opaque=mixing)
         if not still_mixing and other.static_rows is None:
             return other
+    if mixing and output_reduction is not None:
+        small = tuple(path for path in mixing if _are_small(model, (path,)))
+        for opaque in dict.fromkeys([small, ()]):
+            other, still_mixing = _captured(call, opaque=opaque, stated=output_reduction)
+            if not still_mixing and other.static_rows is None:
+                return other
     return captured
 
 
@@ -167,7 +184,10 @@ class _Call:
 
 
 def _captured(
-    call: _Call, static_reason: str | None = None, opaque: tuple[str, ...] = ()
+    call: _Call,
+    static_reason: str | None = None,
+    opaque: tuple[str, ...] = (),
+    stated: Mapping[str, str] | str | None = None,
 ) -> tuple[Captured, tuple[str, ...]]:
     """The captured model, and the submodules that keep it from being split."""
     model, tensors, structure, rows = call.model, call.tensors, call.structure, call.rows
@@ -177,6 +197,12 @@ def _captured(
         module = flat.module(type(model).__name__)
     layouts = _input_layouts(flat, program)
     analysis = _analysis(flat, module, layouts, program)
+    if stated is not None and program.dynamic:
+        paths = enumerate(program.results.paths())
+        known = {i: stated if isinstance(stated, str) else stated.get(p) for i, p in paths}
+        reductions = {i: reduction for i, reduction in known.items() if reduction is not None}
+        while analysis.culprits and state(module, analysis, program.symbols, reductions):
+            analysis = _analysis(flat, module, layouts, program)
     rewriter = Rewriter(module, flat.inputs, analysis.layouts)
     rewriter.apply(analysis.rewrites)
     module.graph.lint()

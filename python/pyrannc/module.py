@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import _core, model_state
+from ._stated import reductions_of
 from ._wrapper import Wrapper, check_arguments, check_placement
 from .accumulation import Accumulation
 from .comm import ensure_process_group, get_rank, get_world_size
@@ -43,6 +44,10 @@ class RaNNCModule(Wrapper):
         loss_reduction: how a loss that you compute *outside* the model reduces over rows.
             ``"mean"``: the gradients you pass to the outputs are weighted by this process's share
             of the rows, as in ``DistributedDataParallel``. ``"sum"``: they are taken as they are.
+        output_reduction: how results that the model reduces over the batch do so where the analysis
+            of the captured graph cannot tell, such as a balance of experts in the loss: ``"mean"``
+            or ``"sum"`` over rows of what the model gives for each microbatch. For all such
+            results, or by their keys, fields or positions in what the model returns.
         enable_zero: whether the replicas of a stage divide the optimizer's state among themselves,
             on every stage that has several; what they divide beyond that, see `sharding` in the
             settings. The parameters that this process holds are then parts of one dimension.
@@ -64,6 +69,7 @@ class RaNNCModule(Wrapper):
         load_deployment: str | PathLike[str] | None = None,
         *,
         loss_reduction: str = "mean",
+        output_reduction: Mapping[str | int, str] | str | None = None,
         enable_zero: bool = False,
         check_unused_values: bool = False,
         config: Config | None = None,
@@ -80,6 +86,7 @@ class RaNNCModule(Wrapper):
             gather_inputs=gather_inputs,
             load_deployment=None if load_deployment is None else str(load_deployment),
             loss_reduction=loss_reduction,
+            output_reduction=reductions_of(output_reduction),
             enable_zero=enable_zero,
             check_unused_values=check_unused_values,
             config=config or Config.load(),

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from . import _checkpoints, _core, _slices, elsewhere, guards, hooks, planning, state, streams
 from ._core import Slot
 from ._form import Form
+from ._stated import check_stated
 from ._structure import flatten
 from .accumulation import Accumulation, Reduction
 from .batch_norm import capturable_norms, place_part_norms
@@ -127,6 +128,7 @@ class Runtime:
         gather_inputs: bool,
         load_deployment: str | None,
         loss_reduction: str,
+        output_reduction: dict[str, str] | str | None,
         enable_zero: bool,
         check_unused_values: bool,
         config: Config,
@@ -137,6 +139,7 @@ class Runtime:
         self.gather = gather_inputs
         self.load_deployment = load_deployment
         self.loss_reduction = loss_reduction
+        self.output_reduction = output_reduction
         self.config = config
         self.check_unused_values = check_unused_values
         self.least_sharding = "optimizer" if enable_zero else "none"
@@ -299,6 +302,8 @@ class Runtime:
         else:
             self.whole_optimizer.compare(self.comm)
         captured, graph, kind = self._capture_to_plan(args, kwargs, signature, arrival)
+        by_rows = [graph.values[value].transport == "split" for value in graph.outputs]
+        check_stated(self.output_reduction, captured.output_names, by_rows)
         if self.check_unused_values:
             refuse_unused(captured, graph, self.parameters)
         with streams.undisturbed(self.comm.device):
@@ -463,10 +468,11 @@ class Runtime:
         def work() -> tuple[Captured, _core.Graph]:
             quiet = streams.undisturbed(self.comm.device)
             with quiet, guards.lifted(), _checkpoints.telling(), capturable_norms():
-                captured = capture(self.model, args, kwargs)
+                stated = self.output_reduction
+                captured = capture(self.model, args, kwargs, output_reduction=stated)
                 if captured.static_rows not in (None, arrival.total):
                     whole = _repeat_rows((args, kwargs), captured.static_rows, arrival.total)
-                    captured = capture(self.model, *whole)
+                    captured = capture(self.model, *whole, output_reduction=stated)
             place_part_norms(captured.module, self.model)
             if self.dropout is not None:
                 set_dropout(captured.module, enabled=self.dropout)
@@ -485,8 +491,10 @@ class Runtime:
         if not graph.splittable and self.comm.rank == 0:
             logger.warning(
                 "the batch cannot be split, so every step runs as one microbatch on one replica: "
-                "%s. If that belongs to the loss, have the model return what the loss needs, "
-                "compute it outside, and state with `loss_reduction` how it reduces over rows",
+                "%s. If that belongs to a loss which the model returns, state with the argument "
+                '`output_reduction` of RaNNCModule that it is the "mean" or the "sum" over rows '
+                "of what microbatches give; or have the model return what the loss needs, compute "
+                "it outside, and state how it reduces with `loss_reduction`",
                 graph.unsplittable_reason,
             )
         return captured, graph

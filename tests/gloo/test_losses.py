@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pyrannc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.gloo.pool import Pools
 
@@ -265,3 +265,113 @@ def chained(stages: int, first_reduction: str) -> None:
 @pytest.mark.parametrize(("stages", "first"), [(1, "mean"), (2, "mean"), (2, "sum")])
 def test_a_weight_reaches_a_model_through_another(pools: Pools, stages: int, first: str) -> None:
     pools.run(2, chained, stages, first)
+
+
+# ---- Losses whose reduction is stated
+
+
+def noted(logits: Tensor, labels: Tensor) -> Tensor:
+    """A mean that the analysis can tell, and a term whose reduction it cannot."""
+    return masked_mean(logits, labels) + 0.1 * imbalance(logits)
+
+
+def imbalance(logits: Tensor) -> Tensor:
+    chosen = logits.softmax(-1).mean((0, 1))
+    return chosen @ chosen.roll(1)
+
+
+class Told(Scored):
+    """Returns two losses and the logits."""
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.body(self.embedding(tokens))
+        assert labels is not None
+        spread = logits.flatten(1)
+        pairs = spread @ spread.T  # each row with each other
+        return {
+            "loss": masked_mean(logits, labels) + 0.1 * imbalance(logits),
+            "parts": (pairs.logsumexp(1).sum(), logits.square().mean().sqrt()),
+            "logits": logits,
+        }
+
+
+STATED = {"loss": "mean", "parts.0": "sum", "parts.1": "mean"}
+
+
+def stated_by_hand(
+    model: nn.Module, tokens: Tensor, labels: Tensor, parts: Sequence[list[int]]
+) -> Tensor:
+    """Of what can be told that of all rows, of the rest the mean or sum of the parts."""
+    total = 0.5 * masked_mean(model(tokens, labels)["logits"], labels)
+    for rows in parts:
+        share = len(rows) / len(tokens)
+        outputs = model(tokens[rows], labels[rows])
+        mean = 0.05 * imbalance(outputs["logits"]) + outputs["parts"][1]
+        total = total + share * mean + 0.01 * outputs["parts"][0]
+    return total
+
+
+PARTS = {
+    (1, 1): ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1], [2, 3, 4]]),
+    (2, 1): ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2], [3, 4]]),
+    (2, 2): ([[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 3], [1, 2, 4]]),
+}
+"""By processes and stages, which rows of a batch of 8 and of 5 are computed together.
+
+Microbatches have rows of all processes; a replica has those of its own process.
+"""
+
+
+def state_reductions(stages: int, microbatches: int) -> None:
+    bare = Told(None).double()
+    wrapped: Any = pyrannc.RaNNCModule(
+        Told(None).double(), output_reduction=STATED, config=config(stages, microbatches)
+    )
+    for rows, parts in zip((8, 5), PARTS[pyrannc.get_world_size(), stages], strict=True):
+        tokens, labels = batch(rows, rows)
+        bare.zero_grad()
+        wrapped.zero_grad()
+        expected = stated_by_hand(bare, tokens, labels, parts)
+        outputs = wrapped(local(tokens), local(labels))
+        given = 0.5 * outputs["loss"] + outputs["parts"][1] + 0.01 * outputs["parts"][0]
+        torch.testing.assert_close(given, expected, **EXACT)
+        expected.backward()
+        given.backward()
+        same_gradients(wrapped, bare)
+    assert wrapped.deployment.microbatches == microbatches
+    wrapped.undeploy()
+
+
+@pytest.mark.parametrize(("world", "stages", "microbatches"), [(2, 2, 2), (1, 1, 2), (2, 1, 1)])
+def test_a_stated_reduction_splits_the_batch(
+    pools: Pools, world: int, stages: int, microbatches: int
+) -> None:
+    pools.run(world, state_reductions, stages, microbatches)
+
+
+def test_a_loss_that_cannot_be_told_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokens, labels = batch(6, 1)
+    for reduction, warned in ((None, True), ("mean", False)):
+        caplog.clear()
+        wrapped: Any = pyrannc.RaNNCModule(
+            Scored(noted).double(), output_reduction=reduction, config=config(1, 0)
+        )
+        wrapped(tokens, labels)
+        told = "`aten.roll.default` in the model" in caplog.text
+        assert told == warned
+        assert ("the argument `output_reduction`" in caplog.text) == warned
+        wrapped.undeploy()
+
+
+def test_what_cannot_be_stated_is_refused() -> None:
+    tokens, labels = batch(6, 1)
+    with pytest.raises(pyrannc.RaNNCError, match='has \'max\', needed "mean" or "sum"'):
+        pyrannc.RaNNCModule(Told(None), output_reduction={"loss": "max"})
+    for name, found in (("logits", "has rows"), ("losses", "none of the model's results")):
+        wrapped: Any = pyrannc.RaNNCModule(
+            Told(None).double(), output_reduction={name: "mean"}, config=config(1, 0)
+        )
+        with pytest.raises(pyrannc.RaNNCError, match=f"for `{name}`, which .*{found}") as caught:
+            wrapped(tokens, labels)
+        assert "`loss`, `parts.0`, `parts.1`, `logits`" in str(caught.value)
+        wrapped.undeploy()

@@ -38,14 +38,37 @@ class Wrapper(torch.nn.Module):
         if name in ("model", "_runtime", "_call"):
             super().__setattr__(name, value)
             return
-        if own["_runtime"].deployed and isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
+        if isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
+            self._refuse_if_placed(name)
+        setattr(self.model, name, value)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """Gives the wrapped model a parameter, before its first call."""
+        self._refuse_if_placed(name)
+        self.model.register_parameter(name, param)
+
+    def register_buffer(
+        self,
+        name: str,
+        tensor: torch.Tensor | None,
+        persistent: bool = True,  # noqa: FBT001 - torch's signature
+    ) -> None:
+        """Gives the wrapped model a buffer, before its first call."""
+        self._refuse_if_placed(name)
+        self.model.register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: torch.nn.Module | None) -> None:
+        """Gives the wrapped model a submodule, before its first call."""
+        self._refuse_if_placed(name)
+        self.model.add_module(name, module)
+
+    def _refuse_if_placed(self, name: str) -> None:
+        if self.__dict__["_runtime"].deployed:
             raise RaNNCError(
                 f"`{name}` cannot be set: the parameters of the model were placed at its first "
                 "call",
                 hint="change the model before its first call, or wrap it anew",
             )
-        setattr(self.model, name, value)
-        own["_runtime"].look_again()
 
     def __delattr__(self, name: str) -> None:
         """Deletes an attribute of the wrapper or, without one, of the wrapped model."""
@@ -98,6 +121,40 @@ class Wrapper(torch.nn.Module):
             "the parameters of a RaNNCModule cannot be shared with processes of another kind",
             hint="share the tensors of state_dict()",
         )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise not_looked_into("torch.jit.script")
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As in ``nn.Module``; FSDP is refused, which asks for this first of all."""
+        _refuse_fsdp()
+        found: Iterator[tuple[str, torch.nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As in ``nn.Module``; FSDP is refused, which asks for this first of all."""
+        _refuse_fsdp()
+        return super().named_children()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Part of loading the state of a module that holds this one.
+
+        Raises:
+            RaNNCError: after the first call, when each process has its part.
+        """
+        if self.__dict__["_runtime"].deployed:
+            raise RaNNCError(
+                f"the state of a module cannot be loaded with that of the RaNNCModule "
+                f"`{prefix.removesuffix('.')}` in it, whose parameters are on several processes",
+                hint="take the RaNNCModule's part out of it by the prefix of its names and call "
+                "its own load_state_dict(), on all processes; or load before the first call",
+            )
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            inside = f"{prefix}model.{name.removeprefix(prefix)}"
+            state_dict[inside] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise _wrapped_again("DataParallel")
@@ -181,6 +238,24 @@ def _uncopied(what: str) -> RaNNCError:
         hint="take state_dict(), which rank 0 can save or load into a model of its own; to copy a "
         "model, copy the bare one before wrapping it",
     )
+
+
+def not_looked_into(what: str) -> RaNNCError:
+    """The error for what would need the whole model in one process."""
+    return RaNNCError(
+        f"`{what}` cannot look into a RaNNCModule, whose parts run on several ranks",
+        hint="give it the bare model, with the values of state_dict()",
+    )
+
+
+def _refuse_fsdp() -> None:
+    frame = sys._getframe(2)
+    for _ in range(4):  # through what `nn.Module` builds on it
+        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.fsdp"):
+            raise _wrapped_again("FSDP")
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
 
 
 def _wrapped_again(kind: str) -> RaNNCError:

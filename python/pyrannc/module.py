@@ -92,7 +92,10 @@ class RaNNCModule(Wrapper):
             config=config or Config.load(),
         )
         # What runs on several ranks is not the compiler's; capture needs its package anyway.
-        self._call = torch.compiler.disable(self._runtime.call)
+        self._call = torch.compiler.disable(
+            self._runtime.call,
+            reason="a RaNNCModule runs on several ranks; to export a model, take the bare one",
+        )
         _live.add(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -204,8 +204,13 @@ class WholeOptimizer:
         )
 
     def undeploy(self, holders: Holders) -> None:
-        """Forgets a model; the state of its parameters can no more be gathered."""
+        """Forgets a model; the state of its parameters can no more be gathered.
+
+        Where all of it is here, the optimizer is a plain one again.
+        """
         self._models = [model for model in self._models if model.holders is not holders]
+        if not self._models and holders.are_all_everywhere:
+            self._groups = None
 
     # ---- The parameters of all ranks
 

@@ -20,6 +20,7 @@ from ._core import Slot
 from ._form import Form
 from ._stated import check_stated
 from ._structure import flatten
+from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
 from .batch_norm import capturable_norms, place_part_norms
 from .buffers import Registered
@@ -392,14 +393,21 @@ class Runtime:
                     keep_part(self.optimizer, parameter, division, self.comm.rank)
                 self.sharding.divide(name, parameter, division, level)
 
-    def look_again(self) -> None:
-        """Takes note of parameters and buffers that the model was given before its first call."""
-        if not self.deployed:
-            self.parameters.clear()
-            self.parameters.update(self.model.named_parameters())
-            self.buffers = dict(self.model.named_buffers())
-            if self.optimizer is not None:
-                WholeOptimizer.of(self.optimizer, self.parameters)
+    def _look_again(self) -> None:
+        """Takes note of parameters and buffers that the model was given before its first call.
+
+        Raises:
+            RaNNCError: when it has something else in their places, for this call only.
+        """
+        found = dict(self.model.named_parameters())
+        if not all(isinstance(parameter, torch.nn.Parameter) for parameter in found.values()):
+            raise not_looked_into("torch.func.functional_call")
+        self.parameters.clear()
+        self.parameters.update(found)
+        self.buffers = dict(self.model.named_buffers())
+        self._registered = Registered(self.model)
+        if self.optimizer is not None:
+            WholeOptimizer.of(self.optimizer, self.parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of all ranks by the name that counts."""
@@ -408,7 +416,7 @@ class Runtime:
     def local_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that this rank holds, by name; all of them before deployment."""
         if not self.deployed and not hasattr(self, "holders"):
-            return self.parameters
+            return dict(self.model.named_parameters())  # also those that were added since
         return {name: p for name, p in self.parameters.items() if self.holders.is_local(name)}
 
     def _variant(
@@ -430,6 +438,7 @@ class Runtime:
     def _mode(self) -> Mode:
         """What decides, apart from the arguments, which operators the model runs now."""
         if not self.deployed:
+            self._look_again()
             self._form = Form(self.model)
         with torch._C.DisableTorchFunctionSubclass():
             form = self._form.digest(self._whole)
@@ -610,10 +619,7 @@ def _refuse_transforms() -> None:
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         transform = "torch.func"
     if transform is not None:
-        raise RaNNCError(
-            f"`{transform}` cannot look into a RaNNCModule, whose parts run on several ranks",
-            hint="give it the bare model, with the values of state_dict()",
-        )
+        raise not_looked_into(transform)
 
 
 def _raise(problem: Exception | None) -> None:

@@ -105,6 +105,14 @@ pub(crate) struct Pricer<'a> {
     most_memory: u64,
 }
 
+/// What a stage costs however many microbatches are in flight, and what its memory depends on then.
+pub(crate) struct Plain {
+    cost: StageCost,
+    sizes: StageSizes,
+    class: usize,
+    replicas: usize,
+}
+
 /// What was tried to make a stage fit.
 struct Attempt {
     cost: StageCost,
@@ -181,35 +189,33 @@ impl<'a> Pricer<'a> {
         least > self.most_memory
     }
 
-    /// The same where all devices are alike and nothing has to be given up to fit; none if that is
-    /// not so. Much faster than [`price`](Self::price).
-    pub(crate) fn price_plain(
-        &self,
-        run: (usize, usize),
-        set: &DeviceSet,
-        in_flight: u64,
-    ) -> Option<StageCost> {
-        let [(class, count)] = set.classes[..] else { return None };
-        if count > self.setting.most_replicas() {
+    /// What the blocks cost where all devices are alike and nothing is given up to fit, but for the memory;
+    /// none if they are not alike, or have no rows.
+    pub(crate) fn plain(&self, run: (usize, usize), set: &DeviceSet) -> Option<Plain> {
+        let [(class, replicas)] = set.classes[..] else { return None };
+        if replicas > self.setting.most_replicas() {
             return None;
         }
-        let facts =
-            self.alike.get(count)?.get_or_init(|| self.facts.get(class, self.setting.rows(count)));
-        let mut sizes = self.sizes(run, facts);
-        sizes.gathered = 0;
-        let bytes = self.memory(&sizes, in_flight, Sharding::None, count);
-        if bytes > self.setting.limits[class] {
-            return None;
-        }
+        let facts = self
+            .alike
+            .get(replicas)?
+            .get_or_init(|| self.facts.get(class, self.setting.rows(replicas)));
+        let sizes = StageSizes { gathered: 0, ..self.sizes(run, facts) };
         let clones = self.runs.get(run.0, run.1).clones_ns;
         let mut cost = StageCost {
             forward_ns: facts.forward_ns(run.0, run.1).saturating_add(clones.0),
             backward_ns: facts.backward_ns(run.0, run.1).saturating_add(clones.1),
-            bytes,
             ..StageCost::default()
         };
-        self.add_traffic(&mut cost, self.runs.get(run.0, run.1), facts.rows, Sharding::None, count);
-        Some(cost)
+        let run = self.runs.get(run.0, run.1);
+        self.add_traffic(&mut cost, run, facts.rows, Sharding::None, replicas);
+        Some(Plain { cost, sizes, class, replicas })
+    }
+
+    /// The cost with some microbatches in flight; none if that does not fit.
+    pub(crate) fn within(&self, plain: &Plain, in_flight: u64) -> Option<StageCost> {
+        let bytes = self.memory(&plain.sizes, in_flight, Sharding::None, plain.replicas);
+        (bytes <= self.setting.limits[plain.class]).then_some(StageCost { bytes, ..plain.cost })
     }
 
     /// How the stage is run.

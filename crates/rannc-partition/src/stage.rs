@@ -30,7 +30,7 @@ use rannc_cost::ScheduleKind;
 use rustc_hash::FxHashMap;
 
 use crate::layout::Layout;
-use crate::price::{Pricer, StageCost, StageDetails};
+use crate::price::{Plain, Pricer, StageCost, StageDetails};
 
 /// Finding out what to give up so that a stage fits takes as long as pricing so many that fit.
 const SEARCHED: u64 = 32;
@@ -42,7 +42,9 @@ pub(crate) struct Problem<'a> {
     pub(crate) schedule: ScheduleKind,
     /// For the blocks before each: device time and time of one microbatch at best.
     pub(crate) remaining: &'a [(u64, u64)],
-    /// By form of the run, set of devices and microbatches in flight.
+    /// By form of the run and set of devices.
+    plains: RefCell<FxHashMap<(u32, usize), Option<Plain>>>,
+    /// By form of the run, set of devices and microbatches in flight, where something is given up.
     prices: RefCell<FxHashMap<(u32, usize, u64), Option<StageCost>>>,
     /// A time that no microbatch passes the whole model and back in less.
     pub(crate) least_sum: u64,
@@ -139,6 +141,7 @@ impl<'a> Problem<'a> {
             remaining,
             least_sum: 0,
             priced: Cell::new(0),
+            plains: RefCell::default(),
             prices: RefCell::default(),
             enough: RefCell::default(),
         }
@@ -248,13 +251,19 @@ impl<'a> Problem<'a> {
     pub(crate) fn price(&self, blocks: Range2, units: Range2, in_flight: u64) -> Option<StageCost> {
         self.priced.set(self.priced.get() + 1);
         let set = self.layout.set_id(units.0, units.1);
-        if let Some(plain) = self.pricer.price_plain(blocks, self.layout.set(set), in_flight) {
-            return Some(plain);
+        let form = self.pricer.runs.form(blocks.0, blocks.1);
+        let mut plains = self.plains.borrow_mut();
+        let plain = plains
+            .entry((form, set))
+            .or_insert_with(|| self.pricer.plain(blocks, self.layout.set(set)));
+        if let Some(cost) = plain.as_ref().and_then(|plain| self.pricer.within(plain, in_flight)) {
+            return Some(cost);
         }
+        drop(plains);
         if self.pricer.is_hopeless(blocks) {
             return None;
         }
-        let key = (self.pricer.runs.form(blocks.0, blocks.1), set, in_flight);
+        let key = (form, set, in_flight);
         *self.prices.borrow_mut().entry(key).or_insert_with(|| {
             self.priced.set(self.priced.get() + SEARCHED);
             self.pricer.price(blocks, self.layout.set(set), in_flight)

@@ -99,6 +99,29 @@ impl<'a> Evaluator<'a> {
         )
     }
 
+    /// A duration that no simulation of the candidate falls below: each stage works on all microbatches,
+    /// none of which gets there, or is given back, without passing those before it.
+    pub(crate) fn least_ns(&self, candidate: &Candidate) -> u64 {
+        let timing = StageTiming::new(self, candidate);
+        let fewest_rows = self.options.batch_rows / candidate.microbatches.max(1);
+        let (mut before, mut least) = (0_u64, 0_u64);
+        for (index, stage) in candidate.stages.iter().enumerate() {
+            let rows = fewest_rows / stage.ranks.len().max(1) as u64;
+            // Shares may leave a replica any number of rows.
+            if rows == 0 || !stage.shares.is_empty() {
+                continue;
+            }
+            let time = |&rank: &u32| {
+                let times = timing.times(StageId::new(index), RankId(rank), rows);
+                times.0.saturating_add(times.1)
+            };
+            let time = stage.ranks.iter().map(time).min().unwrap_or(0);
+            least = least.max(time.saturating_mul(candidate.microbatches).saturating_add(before));
+            before = before.saturating_add(time);
+        }
+        least
+    }
+
     /// The simulated duration of one training step.
     pub(crate) fn step_ns(
         &self,

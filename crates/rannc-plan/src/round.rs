@@ -77,7 +77,7 @@ impl<'a> Round<'a> {
                 if candidates.is_empty() {
                     break;
                 }
-                let fitting = self.fitting(candidates, &mut allowed)?;
+                let fitting = self.fitting(self.promising(candidates), &mut allowed)?;
                 wanted -= fitting.len();
                 self.simulate(fitting, &mut allowed)?;
             }
@@ -134,6 +134,14 @@ impl<'a> Round<'a> {
         self.best().map_or(u64::MAX, |at| self.simulated[at].0)
     }
 
+    /// Those that may be among the close to the fastest.
+    fn promising(&self, candidates: Vec<Candidate>) -> Vec<Candidate> {
+        let best_ns = self.best_ns();
+        let limit = best_ns.saturating_add(best_ns / CLOSE);
+        let may = |candidate: &Candidate| self.evaluator.least_ns(candidate) <= limit;
+        candidates.into_par_iter().filter(may).collect()
+    }
+
     /// Those that fit: added up, or else played where that may be less.
     fn fitting(
         &mut self,
@@ -174,13 +182,14 @@ impl<'a> Round<'a> {
             }
         }
         for chunk in fresh.chunks(AT_ONCE) {
+            let chunk = self.promising(chunk.to_vec());
             self.work += chunk.iter().map(Evaluator::work).sum::<u64>();
             self.progress.update("simulating candidates", self.work, self.work + *allowed);
             let step = |candidate: &Candidate| {
                 self.evaluator.step_ns(candidate, &self.evaluator.place(candidate))
             };
             let steps: Result<Vec<u64>, PlanError> = chunk.par_iter().map(step).collect();
-            for (step_ns, candidate) in steps?.into_iter().zip(chunk) {
+            for (step_ns, candidate) in steps?.into_iter().zip(&chunk) {
                 log::debug!(
                     "{} stages of {:?} replicas, {} microbatches, {}: estimated {} ns, simulated {step_ns} ns",
                     candidate.stages.len(),

@@ -13,7 +13,9 @@
 
 use std::io::Write as _;
 
-use rannc_bench::models::{Transformer, bert, chain, densenet430, gnmt, gnmt78, gpt, piper_bert96};
+use rannc_bench::models::{
+    Transformer, bert, chain, densenet430, gnmt, gnmt78, gpt, in_bfloat16, piper_bert96,
+};
 use rannc_bench::resources::{Usage, measure};
 use rannc_bench::table::{Table, exponent, time};
 use rannc_cost::Cluster;
@@ -172,8 +174,8 @@ fn shapes(is_wanted: impl Fn(&str) -> bool) {
         long,
         shape("BERT 100B", bert(Transformer::new(124, 8192, 512)), "a100-40gb:128x8", 1024, "1 s"),
         Shape {
-            sharding: Sharding::Parameters,
-            ..shape("GPT 1T, sharded", gpt(trillion), "h100-80gb:384x8", 3072, "5 s")
+            sharding: Sharding::Optimizer,
+            ..shape("GPT 1T, 16 bits", in_bfloat16(&gpt(trillion)), "h100-80gb:384x8", 3072, "5 s")
         },
     ];
     all.retain(|shape| is_wanted(shape.name));

@@ -8,10 +8,31 @@ mod other;
 mod transformer;
 mod vision;
 
+use rannc_graph::{Affine, Graph};
+
 pub use coarse::{chain, densenet430, gnmt78, piper_bert96};
 pub use other::{gnmt, mlp, recommender};
 pub use transformer::{Transformer, bert, encoder_decoder, gpt, mixture_of_experts};
 pub use vision::{densenet, nasnet, unet, wide_resnet};
+
+/// The same model in 16 bits.
+pub fn in_bfloat16(graph: &Graph) -> Graph {
+    let values = graph.values().iter().cloned().map(|mut value| {
+        if value.dtype == "float32" {
+            value.dtype = "bfloat16".to_owned();
+        }
+        value
+    });
+    let nodes = graph.nodes().iter().cloned().map(|mut node| {
+        let Affine { per_row, fixed } = node.saved_bytes;
+        node.saved_bytes = Affine { per_row: per_row / 2, fixed: fixed / 2 };
+        node
+    });
+    let (inputs, outputs) = (graph.inputs().to_vec(), graph.outputs().to_vec());
+    let (name, batch) = (graph.name().to_owned(), graph.batch().clone());
+    Graph::new(name, batch, values.collect(), nodes.collect(), inputs, outputs)
+        .expect("only the type of its numbers is another")
+}
 
 #[cfg(test)]
 mod tests {

@@ -19,7 +19,7 @@ pub use vision::{densenet, nasnet, unet, wide_resnet};
 pub fn in_bfloat16(graph: &Graph) -> Graph {
     let values = graph.values().iter().cloned().map(|mut value| {
         if value.dtype == "float32" {
-            value.dtype = "bfloat16".to_owned();
+            "bfloat16".clone_into(&mut value.dtype);
         }
         value
     });

@@ -28,7 +28,9 @@ impl Evaluate for Estimate<'_> {
             candidate.stages.iter().flat_map(|stage| stage.ranks.clone()).collect();
         assert!(candidate.stages.iter().all(|stage| stage.ranks.is_sorted()));
         ranks.sort_unstable();
-        assert_eq!(ranks, (0..self.devices as u32).collect::<Vec<_>>());
+        // Some may be idle where the others have equally many replicas.
+        assert!(ranks.is_sorted_by(|left, right| left < right));
+        assert!(ranks.last().is_some_and(|&last| (last as usize) < self.devices));
         for stage in &candidate.stages {
             for group in &stage.recompute {
                 assert!(group.is_sorted() && !group.is_empty());

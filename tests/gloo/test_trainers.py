@@ -292,7 +292,7 @@ def regress(
     return torch.load(folder / f"epoch={epochs - 1}.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that the folder has changed
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning's own calls of PyTorch
 def test_lightning_resumes(pools: Pools, tmp_path: Path) -> None:
     """By another plan, and as a plain trainer, as if it had never stopped."""

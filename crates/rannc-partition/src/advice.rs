@@ -160,7 +160,7 @@ impl Search<'_, '_> {
         counts.dedup();
         for &index in counts.iter().rev() {
             let case = &cases[index];
-            for layout in &case.layouts {
+            for layout in case.layouts.iter() {
                 for &kind in self.options.schedules.iter().rev() {
                     if self.priced.get() > MOST_PRICED {
                         return None;

@@ -42,8 +42,11 @@ pub(crate) struct Layout {
     /// Whether its units are all devices there are.
     pub(crate) has_all: bool,
     sets: Vec<DeviceSet>,
-    /// The set of each run of units; where all devices are alike it only depends on the length.
-    set_of: BTreeMap<(usize, usize), usize>,
+    /// The set of each run of units, run after run by first unit and length; where all units are alike it
+    /// only depends on the length, and this is empty.
+    set_of: Vec<usize>,
+    /// The most units in a run.
+    longest: usize,
     /// For each unit, up to which the ranks of all units are on the same node.
     together_until: Vec<usize>,
     /// The same within every copy.
@@ -130,6 +133,7 @@ impl Layout {
             units,
             sets,
             set_of,
+            longest,
             together_until,
             near_until,
         }
@@ -141,7 +145,8 @@ impl Layout {
 
     /// The number of the set of the devices in units `start..end`.
     pub(crate) fn set_id(&self, start: usize, end: usize) -> usize {
-        if self.set_of.is_empty() { end - start - 1 } else { self.set_of[&(start, end)] }
+        let position = end - start - 1;
+        if self.set_of.is_empty() { position } else { self.set_of[start * self.longest + position] }
     }
 
     pub(crate) fn set(&self, id: usize) -> &DeviceSet {
@@ -182,7 +187,7 @@ fn same_until(nodes: &[Option<u32>]) -> Vec<usize> {
     until
 }
 
-type Sets = (Vec<DeviceSet>, BTreeMap<(usize, usize), usize>);
+type Sets = (Vec<DeviceSet>, Vec<usize>);
 
 /// The sets of runs of at most `longest` units.
 fn device_sets(classes: &Classes, units: &[Vec<u32>], longest: usize) -> Sets {
@@ -209,19 +214,19 @@ fn device_sets(classes: &Classes, units: &[Vec<u32>], longest: usize) -> Sets {
             add(&mut sum, counts);
             set(&sum)
         });
-        return (sets.collect(), BTreeMap::new());
+        return (sets.collect(), Vec::new());
     }
-    let (mut sets, mut numbers, mut set_of) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+    let (mut sets, mut numbers) = (Vec::new(), BTreeMap::new());
+    let mut set_of = vec![0; units.len() * longest];
     for start in 0..units.len() {
         let mut sum = none.clone();
         for end in start + 1..=units.len().min(start + longest) {
             add(&mut sum, &per_unit[end - 1]);
-            let set = set(&sum);
-            let id = *numbers.entry(set.clone()).or_insert_with(|| {
-                sets.push(set);
+            let id = *numbers.entry(sum.clone()).or_insert_with(|| {
+                sets.push(set(&sum));
                 sets.len() - 1
             });
-            set_of.insert((start, end), id);
+            set_of[start * longest + end - start - 1] = id;
         }
     }
     (sets, set_of)

@@ -107,7 +107,8 @@ impl Found {
 pub(crate) struct Case<'a> {
     pub(crate) pricer: Pricer<'a>,
     pub(crate) remaining: Vec<(u64, u64)>,
-    pub(crate) layouts: Vec<Layout>,
+    /// The same for all numbers.
+    pub(crate) layouts: Arc<[Layout]>,
 }
 
 impl<'a, 'g> Search<'a, 'g> {
@@ -247,18 +248,18 @@ impl<'a, 'g> Search<'a, 'g> {
     ) -> Vec<Case<'b>> {
         let counts = self.microbatch_counts();
         let shapes = self.shapes(runs.num_blocks(), self.fewest_stages());
+        let layout = |(shape, order): (&Units, &Vec<u32>)| {
+            let &Units { shape, one_each, stage_counts } = shape;
+            let classes = &self.classes;
+            Layout::new(self.cluster, classes, order, shape, one_each, stage_counts, may_idle)
+        };
+        let pairs =
+            shapes.iter().flat_map(|shape| self.orders.iter().map(move |order| (shape, order)));
+        let layouts: Arc<[Layout]> = pairs.map(layout).collect();
         let case = |microbatches| {
-            let setting = self.setting(microbatches);
-            let pricer = Pricer::new(runs, facts, setting);
+            let pricer = Pricer::new(runs, facts, self.setting(microbatches));
             let remaining = pricer.remaining();
-            let layout = |(shape, order): (&Units, &Vec<u32>)| {
-                let &Units { shape, one_each, stage_counts } = shape;
-                let classes = &self.classes;
-                Layout::new(self.cluster, classes, order, shape, one_each, stage_counts, may_idle)
-            };
-            let pairs =
-                shapes.iter().flat_map(|shape| self.orders.iter().map(move |order| (shape, order)));
-            Case { pricer, remaining, layouts: pairs.map(layout).collect() }
+            Case { pricer, remaining, layouts: Arc::clone(&layouts) }
         };
         counts.into_iter().map(case).collect()
     }

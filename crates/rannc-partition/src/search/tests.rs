@@ -189,7 +189,7 @@ fn against_oracle(
     let mut best = None;
     for may_idle in [false, true] {
         for case in search.cases(&cut.runs, &facts, may_idle) {
-            for layout in &case.layouts {
+            for layout in case.layouts.iter() {
                 for &kind in &options.schedules {
                     let problem = Problem::new(&case.pricer, layout, kind, &case.remaining);
                     let exact = problem.exact(u64::MAX);

@@ -8,7 +8,9 @@ write the graph file (`_graph_file`).
 
 from __future__ import annotations
 
+import gc
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ from .errors import CaptureError
 from .streams import draws, share
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import fx
 
@@ -157,6 +159,25 @@ def capture(
         message = "the batch is empty, and a model is captured with its first"
         raise CaptureError(message, "pass at least one row the first time")
     call = _Call(model, tensors, names, structure, rows)
+    with _uncollected():
+        return _splittable(call, output_reduction)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Has the garbage collector not look through all nodes again and again while they are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _splittable(call: _Call, output_reduction: Mapping[str, str] | str | None) -> Captured:
+    """The captured model, with what mixes rows as a whole or as stated if that lets it be split."""
+    model = call.model
     captured, mixing = _captured(call)
     if mixing and _are_small(model, mixing):
         # Tokens sent to experts are mixed and put back in order: as a whole that is row-wise.

@@ -1,68 +1,23 @@
 //! Plans like a given one, for the simulator to compare with it.
 
 use rannc_cost::ScheduleKind;
-use rannc_graph::Graph;
-use rannc_partition::{Atoms, Candidate, Options, StageCandidate};
-
-/// How many atoms are moved between two stages at once.
-const MOVED: [usize; 3] = [1, 2, 4];
+use rannc_partition::{Candidate, Options, StageCandidate};
 
 /// What plans may be like.
 pub(crate) struct Neighbours<'a> {
-    graph: &'a Graph,
-    atoms: &'a Atoms,
     microbatches: Vec<u64>,
     schedules: &'a [ScheduleKind],
 }
 
 impl<'a> Neighbours<'a> {
-    pub(crate) fn new(graph: &'a Graph, atoms: &'a Atoms, options: &'a Options) -> Self {
+    pub(crate) fn new(options: &'a Options) -> Self {
         let microbatches = rannc_partition::microbatch_candidates(options);
-        Self { graph, atoms, microbatches, schedules: &options.schedules }
+        Self { microbatches, schedules: &options.schedules }
     }
 
-    /// Those of a candidate: see [`neighbours`]; and with the first or the last atoms of its `slowest` stage
-    /// in the stage beside it.
-    pub(crate) fn of(&self, candidate: &Candidate, slowest: usize) -> Vec<Candidate> {
-        let mut found = neighbours(candidate, &self.microbatches, self.schedules);
-        let own = self.atoms_of(&candidate.stages[slowest]);
-        for count in MOVED.into_iter().filter(|&count| count < own.len()) {
-            let (first, others) = own.split_at(count);
-            found.extend(
-                slowest
-                    .checked_sub(1)
-                    .and_then(|before| self.moved(candidate, (slowest, others), (before, first))),
-            );
-            let (others, last) = own.split_at(own.len() - count);
-            found.extend(self.moved(candidate, (slowest, others), (slowest + 1, last)));
-        }
-        found
-    }
-
-    /// The atoms of a stage in the order of the program.
-    fn atoms_of(&self, stage: &StageCandidate) -> Vec<usize> {
-        let has = |&atom: &usize| stage.nodes.contains(self.atoms.members(atom)[0].index());
-        (0..self.atoms.len()).filter(has).collect()
-    }
-
-    /// One stage with these atoms only, another with these besides its own; none if there is no such stage,
-    /// or one of them computes something again.
-    fn moved(
-        &self,
-        candidate: &Candidate,
-        (from, left): (usize, &[usize]),
-        (to, more): (usize, &[usize]),
-    ) -> Option<Candidate> {
-        let target = candidate.stages.get(to)?;
-        if !(target.recompute.is_empty() && candidate.stages[from].recompute.is_empty()) {
-            return None;
-        }
-        let mut atoms = self.atoms_of(target);
-        atoms.extend(more);
-        let mut stages = candidate.stages.clone();
-        stages[from].nodes = self.atoms.stage(self.graph, left.iter().copied());
-        stages[to].nodes = self.atoms.stage(self.graph, atoms);
-        Some(Candidate { stages, ..candidate.clone() })
+    /// Those of a candidate; see [`neighbours`].
+    pub(crate) fn of(&self, candidate: &Candidate) -> Vec<Candidate> {
+        neighbours(candidate, &self.microbatches, self.schedules)
     }
 }
 

@@ -74,14 +74,6 @@ impl<'a> Evaluator<'a> {
         stages.map(load).collect()
     }
 
-    /// The stage that takes longest for a microbatch.
-    pub(crate) fn slowest(&self, candidate: &Candidate) -> usize {
-        let loads = self.loads(candidate).into_iter().zip(&candidate.stages).enumerate();
-        let time =
-            |(_, (load, stage)): &(usize, (u64, &StageCandidate))| load / stage.ranks.len() as u64;
-        loads.max_by_key(time).map_or(0, |(index, _)| index)
-    }
-
     fn world_size(&self) -> u32 {
         self.cluster.devices.len() as u32
     }

@@ -66,7 +66,7 @@ impl<'a> Planner<'a> {
             let options = rannc_partition::Options { recompute, ..search.clone() };
             let setting = Setting::new(cluster, &options);
             round.simulate_simple(&Assessor::new(&sequence, &setting))?;
-            round.climb(&Neighbours::new(self.graph, self.partitioner.atoms(), &search))?;
+            round.climb(&Neighbours::new(&search))?;
         }
         let winner = round.winner()?.expect("a search that finds nothing is an error");
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);

@@ -91,8 +91,7 @@ impl<'a> Round<'a> {
         loop {
             let least = self.best_ns();
             let Some(best) = self.best() else { return Ok(()) };
-            let best = &self.simulated[best].1;
-            let next = neighbours.of(best, self.evaluator.slowest(best));
+            let next = neighbours.of(&self.simulated[best].1);
             let possible = next.into_iter().filter(|next| self.evaluator.is_possible(next));
             self.simulate(possible.collect(), &mut allowed)?;
             if self.best_ns() >= least {

@@ -16,8 +16,6 @@ use crate::{Options, Plan, PlanError, Planner};
 /// The gap to the lower bound may grow by this part of the step, besides what a replica less costs the
 /// stage that has the fewest.
 const MOST_WORSE: u64 = 32;
-/// The most numbers of microbatches that are tried.
-const MOST_COUNTS: usize = 3;
 /// The most candidates that are simulated.
 const MOST_SIMULATED: usize = 2;
 
@@ -108,8 +106,8 @@ fn is_as_good(previous: &Plan, before: &Candidate, repaired: &Plan) -> bool {
     new * old_bound <= allowed * new_bound
 }
 
-/// The numbers of microbatches to try: that of the earlier plan, that with as many rows for each, and
-/// twice as many.
+/// The numbers of microbatches to try: that of the earlier plan, and for another batch that with as many
+/// rows for each.
 fn counts(previous: &Plan, before: &Candidate, search: &SearchOptions) -> Vec<u64> {
     let possible = rannc_partition::microbatch_candidates(search);
     let nearest = |wanted: u64| possible.iter().copied().min_by_key(|count| count.abs_diff(wanted));
@@ -122,7 +120,6 @@ fn counts(previous: &Plan, before: &Candidate, search: &SearchOptions) -> Vec<u6
     }
     let mut counts: Vec<u64> = wanted.into_iter().filter_map(nearest).collect();
     counts.dedup();
-    counts.truncate(MOST_COUNTS);
     counts
 }
 

@@ -74,6 +74,19 @@ impl<'a> Evaluator<'a> {
         stages.map(load).collect()
     }
 
+    /// The stages, the one that works longest in a step, adding up its gradients included, first.
+    pub(crate) fn by_work(&self, candidate: &Candidate, placement: &Placement) -> Vec<usize> {
+        let work_ns = |stage: &StageEstimate| {
+            let each = stage.forward_ns.saturating_add(stage.backward_ns);
+            each.saturating_mul(candidate.microbatches).saturating_add(stage.all_reduce_ns)
+        };
+        let times: Vec<u64> =
+            self.stage_estimates(candidate, placement).iter().map(work_ns).collect();
+        let mut stages: Vec<usize> = (0..times.len()).collect();
+        stages.sort_by_key(|&stage| std::cmp::Reverse(times[stage]));
+        stages
+    }
+
     fn world_size(&self) -> u32 {
         self.cluster.devices.len() as u32
     }
@@ -100,26 +113,61 @@ impl<'a> Evaluator<'a> {
     }
 
     /// A duration that no simulation of the candidate falls below: each stage works on all microbatches,
-    /// none of which gets there, or is given back, without passing those before it.
+    /// none of which gets there, or is given back, without passing the stages that it reads from.
     pub(crate) fn least_ns(&self, candidate: &Candidate) -> u64 {
         let timing = StageTiming::new(self, candidate);
         let fewest_rows = self.options.batch_rows / candidate.microbatches.max(1);
-        let (mut before, mut least) = (0_u64, 0_u64);
+        let read = self.stages_read(candidate);
+        let mut least = 0_u64;
+        // By stage: forward and backward of a microbatch, what goes before, and that with what comes after.
+        let mut passed: Vec<[u64; 4]> = Vec::new();
         for (index, stage) in candidate.stages.iter().enumerate() {
+            let (mut before, mut around) = (0_u64, 0_u64);
+            for &(read, differentiable) in &read[index] {
+                let [forward, backward, its_before, its_around] = passed[read];
+                before = before.max(its_before.saturating_add(forward));
+                let both = forward.saturating_add(backward);
+                around = around.max(if differentiable {
+                    its_around.saturating_add(both)
+                } else {
+                    its_before.saturating_add(forward)
+                });
+            }
             let rows = fewest_rows / stage.ranks.len().max(1) as u64;
             // Shares may leave a replica any number of rows.
-            if rows == 0 || !stage.shares.is_empty() {
-                continue;
+            let (mut forward, mut backward) = (0, 0);
+            if rows > 0 && stage.shares.is_empty() {
+                let times = |&rank: &u32| timing.times(StageId::new(index), RankId(rank), rows);
+                forward = stage.ranks.iter().map(|rank| times(rank).0).min().unwrap_or(0);
+                backward = stage.ranks.iter().map(|rank| times(rank).1).min().unwrap_or(0);
             }
-            let time = |&rank: &u32| {
-                let times = timing.times(StageId::new(index), RankId(rank), rows);
-                times.0.saturating_add(times.1)
-            };
-            let time = stage.ranks.iter().map(time).min().unwrap_or(0);
-            least = least.max(time.saturating_mul(candidate.microbatches).saturating_add(before));
-            before = before.saturating_add(time);
+            let all = forward.saturating_add(backward).saturating_mul(candidate.microbatches);
+            least = least.max(all.saturating_add(around));
+            passed.push([forward, backward, before, around]);
         }
         least
+    }
+
+    /// By stage, those before it that it reads from, and whether gradients go back there.
+    fn stages_read(&self, candidate: &Candidate) -> Vec<Vec<(usize, bool)>> {
+        let mut maker: Vec<Option<usize>> = vec![None; self.graph.nodes().len()];
+        let mut all = Vec::new();
+        for (index, stage) in candidate.stages.iter().enumerate() {
+            let mut read: BTreeMap<usize, bool> = BTreeMap::new();
+            let inputs = stage.nodes.ones().flat_map(|node| &self.graph.nodes()[node].inputs);
+            for &value in inputs {
+                let made = self.graph.producer(value).map(NodeId::index);
+                let made = made.filter(|&node| !stage.nodes.contains(node));
+                if let Some(made) = made.and_then(|node| maker[node]) {
+                    *read.entry(made).or_default() |= self.graph.value(value).requires_grad;
+                }
+            }
+            for node in stage.nodes.ones() {
+                maker[node].get_or_insert(index);
+            }
+            all.push(read.into_iter().collect());
+        }
+        all
     }
 
     /// The simulated duration of one training step.

@@ -19,6 +19,7 @@ mod planner;
 mod progress;
 mod replan;
 mod round;
+mod shift;
 
 pub use compile::{Options, compile, even_rows};
 pub use error::PlanError;

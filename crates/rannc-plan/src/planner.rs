@@ -12,6 +12,7 @@ use crate::climb::Neighbours;
 use crate::compile::search_options;
 use crate::evaluate::Evaluator;
 use crate::round::{Round, Winner};
+use crate::shift::Shifter;
 use crate::{
     BoundEstimate, Estimates, Evaluation, Options, Placement, Plan, PlanError, PlanStage,
     RankEstimate,
@@ -60,15 +61,18 @@ impl<'a> Planner<'a> {
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
         let mut round = Round::new(&evaluator, progress);
         round.simulate_found(found)?;
+        let neighbours = Neighbours::new(&search);
         if self.graph.batch().splittable {
             let sequence = Sequence::new(self.graph, self.partitioner.atoms(), costs.class(0));
             let recompute = search.recompute && sequence.is_repeatable();
             let options = rannc_partition::Options { recompute, ..search.clone() };
             let setting = Setting::new(cluster, &options);
             round.simulate_simple(&Assessor::new(&sequence, &setting))?;
-            round.climb(&Neighbours::new(&search))?;
+            round.climb(&neighbours)?;
         }
         let winner = round.winner()?.expect("a search that finds nothing is an error");
+        let shifter = Shifter::new(self.graph, self.partitioner.atoms());
+        let winner = round.shifted(winner, &shifter, &neighbours)?;
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);
         self.finished(&evaluator, &winner, &bound, options.batch_size)
     }

@@ -1,7 +1,7 @@
 //! Which candidates are simulated, and the fastest of them.
 //!
-//! Candidates of the search come first, then plans by simple rules, then what is like the fastest. Each
-//! lot may take so many simulated forwards, counted before it starts, so that threads and the speed of the
+//! Candidates of the search come first, then plans by simple rules, then what is like the fastest, last the
+//! winner with its cuts moved. Each lot may take so many simulated forwards, counted before it starts, so that threads and the speed of the
 //! machine change nothing.
 
 use rannc_partition::simple::{Assessor, Cut, regular};
@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::climb::Neighbours;
 use crate::evaluate::Evaluator;
+use crate::shift::Shifter;
 use crate::{Placement, PlanError};
 
 /// Candidates of the search are simulated until these take so many forwards together.
@@ -17,6 +18,9 @@ const MOST_SIMULATED: u64 = 1 << 16;
 /// The same for plans by each simple rule, and for what is like the fastest.
 const MOST_SIMPLE: u64 = 1 << 14;
 const MOST_CLIMBED: u64 = 1 << 15;
+/// And for the winner with its cuts moved.
+const MOST_SHIFTED: u64 = 1 << 15;
+const MOST_MOVES: usize = 12;
 /// Of each rule so many are simulated, fewer if they have more ranks than this together.
 const MOST_OF_RULE: usize = 32;
 const FEWEST_OF_RULE: usize = 4;
@@ -59,16 +63,15 @@ impl<'a> Round<'a> {
 
     /// Simulates plans by simple rules, of each the most promising that fit.
     pub(crate) fn simulate_simple(&mut self, assessor: &Assessor<'_>) -> Result<(), PlanError> {
-        // Estimates may be too high by so much where transfers run beside work.
-        let most_ns = |best_ns: u64| best_ns.saturating_add(best_ns / 2);
         let affordable = MOST_RANKS_OF_RULE / assessor.setting.options.num_devices.max(1);
         for cut in Cut::ALL {
             let mut wanted = affordable.clamp(FEWEST_OF_RULE, MOST_OF_RULE);
             let mut allowed = MOST_SIMPLE;
-            let proposals = assessor.ranked(regular(assessor, cut, most_ns(self.best_ns())));
+            let proposals =
+                assessor.ranked(regular(assessor, cut, assessor.most_ns(self.best_ns())));
             let mut proposals = proposals.into_iter().take(wanted + MOST_REFUSED);
             while wanted > 0 && allowed > 0 {
-                let limit = most_ns(self.best_ns());
+                let limit = assessor.most_ns(self.best_ns());
                 let next = proposals.by_ref().take(wanted.min(AT_ONCE));
                 let candidates: Vec<Candidate> = next
                     .filter(|(estimate_ns, _)| *estimate_ns <= limit)
@@ -103,17 +106,48 @@ impl<'a> Round<'a> {
     /// The fastest, with the time of its step; none if nothing was simulated.
     ///
     /// Of several that are nearly as fast it is the one that is so without folding.
-    pub(crate) fn winner(self) -> Result<Option<Winner>, PlanError> {
+    pub(crate) fn winner(&self) -> Result<Option<Winner>, PlanError> {
         let Some(best) = self.best() else { return Ok(None) };
-        let limit = self.simulated[best].0.saturating_add(self.simulated[best].0 / CLOSE);
+        self.fastest_unfolded(0, self.simulated[best].0)
+    }
+
+    /// The winner with atoms moved out of its busiest stages, and what is like that, as long as the step gets
+    /// faster and the simulations together stay within their number.
+    pub(crate) fn shifted(
+        &mut self,
+        mut winner: Winner,
+        shifter: &Shifter<'_>,
+        neighbours: &Neighbours<'_>,
+    ) -> Result<Winner, PlanError> {
+        let mut allowed = MOST_SHIFTED;
+        loop {
+            let first = self.simulated.len();
+            let stages = self.evaluator.by_work(&winner.candidate, &winner.placement);
+            let moved = |stage| shifter.without_ends(&winner.candidate, stage);
+            let mut next: Vec<Candidate> =
+                stages.into_iter().flat_map(moved).take(MOST_MOVES).collect();
+            next.extend(next.iter().flat_map(|next| neighbours.of(next)).collect::<Vec<_>>());
+            let fitting = self.fitting(self.promising(next), &mut allowed)?;
+            self.simulate(fitting, &mut allowed)?;
+            match self.fastest_unfolded(first, winner.step_ns)? {
+                Some(faster) if faster.step_ns < winner.step_ns => winner = faster,
+                _ => return Ok(winner),
+            }
+        }
+    }
+
+    /// Of those simulated from `first` on that are about as fast as `limit_ns`, the fastest without folding.
+    fn fastest_unfolded(&self, first: usize, limit_ns: u64) -> Result<Option<Winner>, PlanError> {
+        let limit = limit_ns.saturating_add(limit_ns / CLOSE);
         let mut close: Vec<usize> =
-            (0..self.simulated.len()).filter(|&at| self.simulated[at].0 <= limit).collect();
+            (first..self.simulated.len()).filter(|&at| self.simulated[at].0 <= limit).collect();
         close.sort_by_key(|&at| (self.simulated[at].0, at));
         close.truncate(MOST_CLOSE);
+        let (evaluator, simulated) = (self.evaluator, &self.simulated);
         let exact = |&at: &usize| {
-            let (folded_ns, candidate) = &self.simulated[at];
-            let placement = self.evaluator.place(candidate);
-            let step_ns = self.evaluator.unfolded_ns(candidate, &placement, *folded_ns)?;
+            let (folded_ns, candidate) = &simulated[at];
+            let placement = evaluator.place(candidate);
+            let step_ns = evaluator.unfolded_ns(candidate, &placement, *folded_ns)?;
             Ok((step_ns, at, placement))
         };
         let exact: Result<Vec<(u64, usize, Placement)>, PlanError> =

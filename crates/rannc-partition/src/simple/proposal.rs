@@ -88,6 +88,17 @@ impl<'a> Assessor<'a> {
         (all / stages as u64).saturating_mul(microbatches - 1).saturating_add(all)
     }
 
+    /// An estimate that nothing as fast as `step_ns` is estimated above: transfers may run beside work, and
+    /// branches, which estimates take one after another, side by side.
+    pub fn most_ns(&self, step_ns: u64) -> u64 {
+        let rows = self.rows(1, 1);
+        let Times { forward, backward } = self.line.times(&(0..self.line.len()), rows);
+        let line_ns = u128::from(forward) + u128::from(backward);
+        let path_ns = u128::from(self.line.longest_path_ns(rows)).max(1);
+        let most = u128::from(step_ns) * 3 / 2 * line_ns.max(path_ns) / path_ns;
+        u64::try_from(most).unwrap_or(u64::MAX)
+    }
+
     /// The most rows that one of `replicas` sees at a time.
     pub fn rows(&self, microbatches: u64, replicas: usize) -> u64 {
         self.setting.options.batch_rows.div_ceil(microbatches).div_ceil(replicas as u64)

@@ -152,6 +152,20 @@ impl<'a> Sequence<'a> {
         Times { forward: end.forward - start.forward, backward: end.backward - start.backward }
     }
 
+    /// How long the longest path of operators takes at `rows` rows, forward and back.
+    pub fn longest_path_ns(&self, rows: u64) -> u64 {
+        let elapsed = self.elapsed(rows);
+        let mut until = vec![0_u64; self.len()];
+        for position in 0..self.len() {
+            let made = self.reads[position].iter().filter_map(|read| read.made);
+            let before = made.filter(|&made| made < position).map(|made| until[made]).max();
+            let (start, end) = (elapsed[position], elapsed[position + 1]);
+            let here = (end.forward - start.forward) + (end.backward - start.backward);
+            until[position] = before.unwrap_or(0).saturating_add(here);
+        }
+        until.into_iter().max().unwrap_or(0)
+    }
+
     /// The sizes of the parts that start at `bounds[0]` and end at each of the later bounds.
     ///
     /// # Complexity

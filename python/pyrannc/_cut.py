@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._autocast import no_weight_cache
 from ._flat import is_value, operator_of, outputs_of, written_arguments
+from .batch_norm import companions_of, norms_of, recomputing
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ class _Copier:
         for node in group.members:
             inner.copy(node)
         target = f"recompute_{len(self._attributes)}"
-        self._attributes[target] = Recomputed(inner.module(group.outputs, "Recomputed"))
+        written = _written_inputs(group.inputs, group.members)
+        places = [group.inputs.index(node) for node in written]
+        self._attributes[target] = Recomputed(inner.module(group.outputs, "Recomputed"), places)
         arguments = tuple(self._copies[node] for node in group.inputs)
         results = self._graph.call_module(target, arguments)
         for index, node in enumerate(group.outputs):
@@ -186,18 +189,55 @@ class _Group:
 
 
 class Recomputed(torch.nn.Module):
-    """Operators whose inner values are computed again in backward, with the same random numbers."""
+    """Operators whose inner values are computed again in backward, with the same random numbers.
 
-    def __init__(self, inner: fx.GraphModule) -> None:
+    What they write to, they write to once: computing again starts from copies of what was there.
+    """
+
+    def __init__(self, inner: fx.GraphModule, written: Sequence[int]) -> None:
         super().__init__()
         self.inner = inner
+        self._written = written
+        self._norms = norms_of(inner)
 
     def forward(self, *args: Any) -> Any:
         """Runs the operators."""
         if not torch.is_grad_enabled():
             return self.inner(*args)
+        # `checkpoint` keeps what it is given and refuses it when somebody wrote to it since.
+        read = [arg for place, arg in enumerate(args) if place not in self._written]
+        targets = _Targets([args[place] for place in self._written])
+        companions = companions_of(self._norms)
+
+        def run(*read: Any) -> Any:
+            given, again = targets.take()
+            merged = list(read)
+            for place, target in zip(self._written, given, strict=True):
+                merged.insert(place, target)
+            if not again:
+                return self.inner(*merged)
+            with recomputing(self._norms, companions):
+                return self.inner(*merged)
+
         with no_weight_cache():
-            return checkpoint(self.inner, *args, use_reentrant=False)
+            return checkpoint(run, *read, use_reentrant=False)
+
+
+class _Targets:
+    """What operators write to: the memory itself once, then copies of what it had held."""
+
+    def __init__(self, targets: list[torch.Tensor]) -> None:
+        self._before = [
+            target.detach().clone().requires_grad_(target.requires_grad) for target in targets
+        ]
+        self._first: list[torch.Tensor] | None = targets
+
+    def take(self) -> tuple[list[torch.Tensor], bool]:
+        """What to write to now, and whether that was written to before."""
+        first, self._first = self._first, None
+        if first is not None:
+            return first, False
+        return [before.clone() for before in self._before], True
 
 
 def _needed(

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ._flat import Scope, Scoped, operator_of, positional
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .comm import Communicator
 
@@ -44,6 +44,7 @@ class PartNorm(torch.nn.Module):
         companions: with whom it normalises; set before each call.
         seen: count of entries per channel, their sum and sum of squares in this step, in one
             dimension; `None` before the first part.
+        again: whether it sees a part for a second time.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PartNorm(torch.nn.Module):
         self.momentum = momentum
         self.companions: Companions | None = None
         self.seen: torch.Tensor | None = None
+        self.again = False
         self._plain = Scoped(aten.batch_norm.default, scope or Scope())
 
     def forward(
@@ -96,6 +98,8 @@ class PartNorm(torch.nn.Module):
 
     @torch.no_grad()
     def _note(self, count: int, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        if self.again:
+            return
         mean, variance = mean.double(), variance.double()
         entries = torch.cat(
             [mean.new_full((1,), count), count * mean, count * (variance + mean.square())]
@@ -206,6 +210,31 @@ def norms_of(module: torch.nn.Module) -> list[PartNorm]:
         child = module.get_submodule(str(node.target))
         found += [child] if isinstance(child, PartNorm) else norms_of(child)
     return found
+
+
+def companions_of(norms: Iterable[PartNorm]) -> list[Companions | None]:
+    """With whom batch norms normalise now."""
+    return [norm.companions for norm in norms]
+
+
+@contextlib.contextmanager
+def recomputing(
+    norms: Sequence[PartNorm], companions: Sequence[Companions | None]
+) -> Iterator[None]:
+    """Has batch norms see a part again in the body, which does not count twice.
+
+    Args:
+        norms: the batch norms.
+        companions: with whom each had normalised that part; others may have followed since.
+    """
+    before = companions_of(norms)
+    for norm, theirs in zip(norms, companions, strict=True):
+        norm.again, norm.companions = True, theirs
+    try:
+        yield
+    finally:
+        for norm, theirs in zip(norms, before, strict=True):
+            norm.again, norm.companions = False, theirs
 
 
 @contextlib.contextmanager

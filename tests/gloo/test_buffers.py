@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -107,8 +108,16 @@ def make(module: Any, **kwargs: Any) -> nn.Module:
     return module(**kwargs).double()
 
 
-def wrap(model: nn.Module, ranks: Ranks, microbatches: int, folder: str, batch: Tensor) -> Any:
-    """The model with these replicas of each stage."""
+def wrap(
+    model: nn.Module,
+    ranks: Ranks,
+    microbatches: int,
+    folder: str,
+    batch: Tensor,
+    *,
+    recompute: bool = False,
+) -> Any:
+    """The model with these replicas of each stage, which may compute all of it again."""
     path, settings = Path(folder) / "deployment.json", config(len(ranks), microbatches)
     planned = pyrannc.RaNNCModule(copy.deepcopy(model), config=settings)
     planned(batch)
@@ -119,18 +128,26 @@ def wrap(model: nn.Module, ranks: Ranks, microbatches: int, folder: str, batch: 
         plan.pop("estimates", None)
         for stage, own in zip(plan["stages"], ranks, strict=True):
             stage["ranks"] = list(own)
+            stage["recompute"] = [stage["nodes"]] if recompute else []
         path.write_text(json.dumps(plan))
     pyrannc.barrier()
     return pyrannc.RaNNCModule(model, load_deployment=path, config=settings)
 
 
 def buffers_of_steps(
-    name: str, ranks: Ranks, rows: Sequence[Sequence[int]], microbatches: int, folder: str
+    name: str,
+    ranks: Ranks,
+    rows: Sequence[Sequence[int]],
+    microbatches: int,
+    folder: str,
+    *,
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
     """Trains and evaluates; compares all buffers with those of the bare model on one device."""
     module, batch = {"first": (First, pictures), "counting": (Counting, vectors)}[name]
     bare, model, rank = make(module), make(module), pyrannc.get_rank()
-    wrapped = wrap(model, ranks, microbatches, folder, batch(max(rows[0][rank], 1), 0))
+    first = batch(max(rows[0][rank], 1), 0)
+    wrapped = wrap(model, ranks, microbatches, folder, first, recompute=recompute)
     for step, shares in enumerate(rows):
         whole = batch(sum(shares), step)
         start = sum(shares[:rank])
@@ -170,9 +187,12 @@ MORE_WAYS = [
 ]
 
 
-def check_buffers(pools: Pools, name: str, way: Any, folder: Any) -> None:
+def check_buffers(
+    pools: Pools, name: str, way: Any, folder: Any, *, recompute: bool = False
+) -> None:
     ranks, rows, microbatches = way
-    held = pools.run(len(rows[0]), buffers_of_steps, name, ranks, rows, microbatches, str(folder))
+    train = functools.partial(buffers_of_steps, recompute=recompute)
+    held = pools.run(len(rows[0]), train, name, ranks, rows, microbatches, str(folder))
     assert any(held)
     for one, other in itertools.combinations(held, 2):
         for key in one.keys() & other.keys():
@@ -183,6 +203,18 @@ def check_buffers(pools: Pools, name: str, way: Any, folder: Any) -> None:
 @pytest.mark.parametrize("name", ["first", "counting"])
 def test_buffers_are_those_of_one_device(pools: Pools, name: str, way: Any, tmp_path: Any) -> None:
     check_buffers(pools, name, way, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [*WAYS[1:], *(pytest.param(way, marks=pytest.mark.slow) for way in MORE_WAYS[:2])],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["first", "counting"])
+def test_computing_again_changes_no_buffer(
+    pools: Pools, name: str, way: Any, tmp_path: Any
+) -> None:
+    check_buffers(pools, name, way, tmp_path, recompute=True)
 
 
 @pytest.mark.slow
@@ -196,12 +228,14 @@ def test_buffers_are_those_of_one_device_in_more_ways(
     check_buffers(pools, name, way, tmp_path)
 
 
-def synchronized(ranks: Ranks, rows: Sequence[int], folder: str) -> None:
+def synchronized(
+    ranks: Ranks, rows: Sequence[int], folder: str, *, recompute: bool = False
+) -> None:
     bare, model, rank = make(Synchronized, sync=False), make(Synchronized), pyrannc.get_rank()
     whole = vectors(sum(rows), 1)
     start = sum(rows[:rank])
     local = whole[start : start + rows[rank]]
-    wrapped = wrap(model, ranks, 1, folder, vectors(4, 1))
+    wrapped = wrap(model, ranks, 1, folder, vectors(4, 1), recompute=recompute)
     wrapped.eval()(vectors(1, 1))  # the first call is one with rows
     wrapped.train()
     for _ in range(2):
@@ -241,6 +275,11 @@ def test_synchronised_norms_see_all_replicas(
     pools.run(len(rows), synchronized, ranks, rows, str(tmp_path))
 
 
+def test_synchronised_norms_compute_again_together(pools: Pools, tmp_path: Any) -> None:
+    train = functools.partial(synchronized, recompute=True)
+    pools.run(2, train, ((0, 1),), (4, 3), str(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "rows"), MORE_SYNC_WAYS, ids=str)
 def test_synchronised_norms_see_all_replicas_in_more_ways(
@@ -252,9 +291,9 @@ def test_synchronised_norms_see_all_replicas_in_more_ways(
 class Scored(nn.Module):
     """Returns its loss, so that backward runs among the forwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: type[nn.Module] = Synchronized) -> None:
         super().__init__()
-        self.inner = Synchronized()
+        self.inner = inner()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).square().mean()
@@ -289,6 +328,84 @@ def test_microbatches_of_synchronised_stages_never_hang(pools: Pools, tmp_path: 
                 assert "would wait for each other" in outcomes[0].message
             else:
                 assert all(losses == outcomes[0] for losses in outcomes)
+
+
+class Mixed(nn.Module):
+    """Batch norms inside and outside of a region that computes in 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.last = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.first(x.float())
+        return self.last(x.float())
+
+
+def trained(
+    inner: type[nn.Module],
+    ranks: Ranks,
+    rows: Sequence[int],
+    folder: str,
+    *,
+    recompute: bool = False,
+) -> Any:
+    """Losses and gradients of two steps and the state after them, of rank 0."""
+    batch, rank = pictures if inner is First else vectors, pyrannc.get_rank()
+    model = make(Scored, inner=inner)
+    if inner is Mixed:
+        model.float()
+    wrapped = wrap(model, ranks, 4, folder, batch(4, 1), recompute=recompute)
+    losses = []
+    for step in range(2):
+        loss = wrapped(batch(rows[rank], 10 * step + rank))
+        loss.backward()
+        losses.append(loss.detach())
+    names = [name for name, _ in wrapped.named_parameters(from_global=True)]
+    gradients = {name: wrapped.get_param_grad(name) for name in names}
+    state = wrapped.state_dict()
+    wrapped.undeploy()
+    return losses, gradients, state
+
+
+TRAINED: list[tuple[type[nn.Module], Ranks, tuple[int, ...]]] = [
+    (First, ((0,), (1,)), (4, 4)),
+    (Counting, ((0,), (1,)), (4, 4)),
+    (Mixed, ((0,), (1,)), (4, 4)),
+    (Mixed, ((0,),), (8,)),
+    (Synchronized, ((0, 1),), (4, 1)),  # some microbatches have rows on one rank only
+]
+MORE_TRAINED: list[tuple[type[nn.Module], Ranks, tuple[int, ...]]] = [
+    (First, ((0,), (1, 2, 3)), (4, 3, 2, 4)),
+    (First, ((0, 1), (2,), (3,)), (4, 3, 1, 4)),
+    (Mixed, ((0, 1), (2, 3)), (4, 3, 2, 4)),
+    (Counting, ((0,), (1, 2, 3)), (4, 4, 4, 4)),
+    (Synchronized, ((0, 1, 2, 3),), (1, 2, 3, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("inner", "ranks", "rows"),
+    [*TRAINED, *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_TRAINED)],
+)
+def test_computing_again_among_forwards_is_the_same(
+    inner: type[nn.Module], ranks: Ranks, rows: tuple[int, ...], pools: Pools, tmp_path: Any
+) -> None:
+    """The same operators on the same numbers, bit by bit."""
+    kept, again = (
+        pools.run(
+            len(rows),
+            functools.partial(trained, recompute=recompute),
+            inner,
+            ranks,
+            rows,
+            str(tmp_path),
+        )
+        for recompute in (False, True)
+    )
+    torch.testing.assert_close(again, kept, rtol=0, atol=0)
 
 
 class Act:

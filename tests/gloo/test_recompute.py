@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import pyrannc
 from tests.gloo.pool import Failure
 from tests.gloo.test_equivalence import ROWS, check
-from tests.gloo.training import Record, Setup, train_with_rannc
+from tests.gloo.training import Record, Setup, local_batch, train_with_rannc, wrap
 from tests.models import case
 
 if TYPE_CHECKING:
@@ -87,6 +87,28 @@ def test_random_numbers_are_the_same(pools: Pools, schedule: str, tmp_path: Path
     other = dataclasses.replace(kept, seed=4)
     drawn = pools.run(2, train_with_rannc, "dropout_gpt", other, str(tmp_path))
     assert not torch.equal(drawn[0].outputs[0][0], expected[0].outputs[0][0])
+
+
+def autocast_gradients(recompute: int, folder: str) -> Any:
+    """Loss and gradients of two calls of one autocast region, which casts a weight once."""
+    chosen = case("gpt")
+    way = setup(((0,), (1,)), recompute, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped, _ = wrap(chosen, way, folder, prepare=torch.nn.Module.float)
+        losses = [wrapped(*local_batch(chosen, way, step, (4, 4))[0]) for step in range(2)]
+    sum(losses).backward()
+    names = [name for name, _ in wrapped.named_parameters(from_global=True)]
+    gradients = {name: wrapped.get_param_grad(name) for name in names}
+    wrapped.undeploy()
+    return [loss.detach() for loss in losses], gradients
+
+
+@pytest.mark.parametrize("recompute", [5, WHOLE_STAGE])
+def test_weights_cast_by_autocast_are_cast_again(
+    pools: Pools, recompute: int, tmp_path: Path
+) -> None:
+    kept, again = (pools.run(2, autocast_gradients, size, str(tmp_path)) for size in (0, recompute))
+    torch.testing.assert_close(again, kept, rtol=0, atol=0)
 
 
 class Checkpointed(torch.nn.Module):

@@ -3,7 +3,8 @@
 //! A group's operators may lie between others in program order. Here a stage's operators are put
 //! into an order in which each group is together; there is one exactly if no path leaves a group and
 //! enters it again, through other groups neither. Running a group a second time must change nothing:
-//! it may write to memory that it makes itself, and only if nobody else writes there.
+//! it may write to memory that it makes itself, or to buffers and inputs of the model, of which it is
+//! given copies, and only if nobody else uses that memory.
 
 use std::collections::BTreeMap;
 
@@ -118,13 +119,6 @@ impl<'a> Arranger<'a> {
             };
             let key = &self.graph.node(first).key;
             let writer = &self.graph.node(storage.last_write).key;
-            if storage.external {
-                let problem = format!(
-                    "has `{key}`, which uses a buffer, parameter or input of the model that \
-                     `{writer}` writes to; it would do so twice"
-                );
-                return Err(BadGroup { group, problem });
-            }
             let other = guarded.iter().find(|id| {
                 self.batch_nodes.contains(id.index()) && group_of.get(id) != Some(&group)
             });
@@ -309,14 +303,28 @@ mod tests {
             "e",
         );
         insta::assert_snapshot!(
-            problem(&norm, &[&[0], &[1, 2]]),
-            @"group 1 has `norm`, which uses a buffer, parameter or input of the model that `norm` writes to; it would do so twice"
+            problem(&norm, &[&[0], &[1]]),
+            @"group 1 has `norm` but not `relu_`, though both use memory that `relu_` writes to"
         );
         insta::assert_snapshot!(
             problem(&norm, &[&[2, 3]]),
             @"group 0 has `relu_` but not `norm`, though both use memory that `relu_` writes to"
         );
         assert_eq!(order(&norm, &[&[0], &[3]]), [0, 1, 2, 3]);
+        assert_eq!(order(&norm, &[&[0], &[1, 2]]), [0, 1, 2, 3]);
+        let shared = graph(
+            &[
+                ("norm", "x b", "p", "b", ""),
+                ("linear", "p", "q", "", ""),
+                ("again", "q b", "r", "b", ""),
+            ],
+            "r",
+        );
+        insta::assert_snapshot!(
+            problem(&shared, &[&[0, 1]]),
+            @"group 0 has `norm` but not `again`, though both use memory that `again` writes to"
+        );
+        assert_eq!(order(&shared, &[&[0, 1, 2]]), [0, 1, 2]);
     }
 
     #[test]

@@ -124,7 +124,11 @@ class Site:
         """The parameters and buffers it reads; during export these are the exporter's."""
         if self.module is None:
             return []
-        return [*self.module.parameters(), *self.module.buffers()]
+        return [*self.module.parameters(), *self._buffers]
+
+    @property
+    def _buffers(self) -> list[torch.Tensor]:
+        return [] if self.module is None else list(self.module.buffers())
 
     def begin(self) -> None:
         """Starts another run or export."""
@@ -137,6 +141,7 @@ class Site:
         tensors, _, arguments = flatten((args, kwargs))
         leaves = [tensor.detach().clone() for tensor in tensors]
         state = self.state
+        before = [tensor.detach().clone() for tensor in self._buffers]
         with torch.enable_grad():
             given = [t.requires_grad_().view_as(t) if _differentiable(t) else t for t in leaves]
             watched = [*given, *state]
@@ -147,7 +152,12 @@ class Site:
             with hooks, flops:
                 result = self.function(*call_args, **call_kwargs)
         outputs, _, results = flatten(result, drop_unknown=True, root="result")
-        written = tuple(i for i, t in enumerate(watched) if t._version != versions[i])
+        first = len(watched) - len(before)
+        # Running statistics change without another version.
+        changed = {first + i for i, t in enumerate(self._buffers) if not torch.equal(t, before[i])}
+        written = tuple(
+            i for i, t in enumerate(watched) if t._version != versions[i] or i in changed
+        )
         self._observed.setdefault(rows, []).append(
             Observation(
                 rows, leaves, arguments, outputs, results, written, flops.total, saved.total
@@ -173,6 +183,33 @@ class Site:
             with torch.no_grad():
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
+
+    @contextlib.contextmanager
+    def with_state(self, state: list[torch.Tensor]) -> Iterator[None]:
+        """Has the part use copies of buffers in the body, where `state` has some."""
+        own = self.state
+        copies = {
+            id(buffer): given
+            for buffer, given in zip(own, state, strict=True)
+            if given is not buffer and not isinstance(buffer, torch.nn.Parameter)
+        }
+        modules = [] if self.module is None or not copies else self.module.modules()
+        places = [
+            (module._buffers, name, buffer, copies[id(buffer)])
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if id(buffer) in copies
+        ]
+        for buffers, name, _, copy in places:
+            buffers[name] = copy
+        try:
+            yield
+        finally:
+            for buffers, name, buffer, copy in places:
+                assigned = buffers[name]
+                if assigned is not None and assigned is not copy:
+                    copy.detach().copy_(assigned)
+                buffers[name] = buffer
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands for the call during export."""
@@ -207,10 +244,9 @@ class Opaque(torch.nn.Module):
         self._arguments = arguments
 
     def forward(self, inputs: list[torch.Tensor], state: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Calls the real thing; its state is what it holds, `state` only tells what it reads."""
-        del state
+        """Calls the real thing, with the buffers in `state`; parameters are what it holds."""
         args, kwargs = self._arguments.build(inputs)
-        with lifted():
+        with lifted(), self.site.with_state(state):
             result = self.site.function(*args, **kwargs)
         outputs, _, _ = flatten(result, drop_unknown=True, root="result")
         return outputs

@@ -79,6 +79,50 @@ class Counting(nn.Module):
         return self.last(x) * self.heat.sum()
 
 
+class Deciding(nn.Module):
+    """Decides row by row with Python's `if`, so it runs as it is; counts in two ways."""
+
+    calls: Tensor
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls.add_(1)
+            self.last[0] = 2 * self.last[0] + 1
+        rows = [row * 2 if float(row.detach().sum()) > 0 else row for row in torch.unbind(x)]
+        return torch.stack(rows)
+
+
+class Whole(nn.Module):
+    """Has a part that is not looked into and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deciding, self.last = nn.Linear(4, 4), Deciding(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.deciding(torch.tanh(self.first(x)))))
+
+
+class Cumulative(nn.Module):
+    """Batch norms whose running statistics are means over all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None), nn.Tanh(), nn.Linear(4, 4),
+            nn.BatchNorm1d(4, momentum=None), nn.Tanh(), nn.Linear(4, 2),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 class Synchronized(nn.Module):
     """Batch norms in two places, over the rows of all replicas if `sync`."""
 
@@ -144,7 +188,12 @@ def buffers_of_steps(
     recompute: bool = False,
 ) -> dict[str, Tensor]:
     """Trains and evaluates; compares all buffers with those of the bare model on one device."""
-    module, batch = {"first": (First, pictures), "counting": (Counting, vectors)}[name]
+    module, batch = {
+        "first": (First, pictures),
+        "counting": (Counting, vectors),
+        "whole": (Whole, vectors),
+        "cumulative": (Cumulative, vectors),
+    }[name]
     bare, model, rank = make(module), make(module), pyrannc.get_rank()
     first = batch(max(rows[0][rank], 1), 0)
     wrapped = wrap(model, ranks, microbatches, folder, first, recompute=recompute)
@@ -215,6 +264,22 @@ def test_computing_again_changes_no_buffer(
     pools: Pools, name: str, way: Any, tmp_path: Any
 ) -> None:
     check_buffers(pools, name, way, tmp_path, recompute=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("whole", WAYS[1]),
+        ("whole", WAYS[3]),
+        pytest.param("whole", MORE_WAYS[0], marks=pytest.mark.slow),
+        ("cumulative", (((0,), (1,)), ((4, 4), (2, 1), (1, 3)), 1)),
+    ],
+)
+def test_buffers_of_parts_that_run_as_they_are(
+    pools: Pools, name: str, way: Any, recompute: bool, tmp_path: Any
+) -> None:
+    check_buffers(pools, name, way, tmp_path, recompute=recompute)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from .batch_norm import check_groups
 from .errors import RaNNCError
 from .guards import is_guard
 from .hooks import check_module_hooks
@@ -96,7 +97,8 @@ class Form:
             whole: identities of submodules that run as they are.
 
         Raises:
-            RaNNCError: when submodules or parameters were replaced, or a hook cannot work.
+            RaNNCError: when submodules or parameters were replaced, or a hook or a process group
+                cannot work.
         """
         found: dict[int, list[Any]] = {}
         for index, part in enumerate(self._parts):
@@ -105,6 +107,7 @@ class Form:
                 found[index] = part.values()
         if found != self._last:
             check_module_hooks(self._model)
+            check_groups(self._model)
             self._tell(found)
             self._last = found
             self._digest = _number(repr(found))

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._flat import Scope, Scoped, operator_of, positional
+from .errors import RaNNCError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -181,12 +183,13 @@ def _along(channels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def place_part_norms(module: fx.GraphModule, model: torch.nn.Module) -> None:
     """Makes every batch norm of a flat graph that is in training mode one of parts."""
+    modules = dict(model.named_modules())
     for index, node in enumerate(list(module.graph.nodes)):
         what = operator_of(node)
         if what is None or what.packet != "aten.batch_norm" or not positional(node)[5]:
             continue
         args = positional(node)
-        owner = dict(model.named_modules()).get(what.module)
+        owner = modules.get(what.module)
         running = [arg for arg in args[3:5] if isinstance(arg, fx.Node) and arg.op == "get_attr"]
         norm = PartNorm(
             what.scope,
@@ -235,6 +238,29 @@ def recomputing(
     finally:
         for norm, theirs in zip(norms, before, strict=True):
             norm.again, norm.companions = False, theirs
+
+
+def check_groups(model: torch.nn.Module) -> None:
+    """Looks over which processes batch norms are to be synchronised.
+
+    Raises:
+        RaNNCError: when it is some processes only.
+    """
+    for name, norm in model.named_modules():
+        group = norm.process_group if isinstance(norm, torch.nn.SyncBatchNorm) else None
+        if group is None:
+            continue
+        member = isinstance(group, dist.ProcessGroup)  # else what `new_group` gives to the others
+        ranks = dist.get_process_group_ranks(group) if member else []
+        if len(ranks) < dist.get_world_size():
+            found = f"ranks {ranks}" if member else "ranks without this one"
+            raise RaNNCError(
+                f"the synchronised batch norm `{name}` has a `process_group` of {found}, but it "
+                "can only normalise over all rows of a microbatch: the plan decides which ranks "
+                "have them",
+                hint="leave `process_group` out, also of `SyncBatchNorm.convert_sync_batchnorm`; "
+                "to normalise over fewer rows use `nn.BatchNorm`, which does so per replica",
+            )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import pyrannc
@@ -351,6 +352,25 @@ def test_synchronised_norms_see_all_replicas_in_more_ways(
     pools: Pools, ranks: Ranks, rows: tuple[int, ...], tmp_path: Any
 ) -> None:
     pools.run(len(rows), synchronized, ranks, rows, str(tmp_path))
+
+
+def synchronized_over(ranks: list[int]) -> None:
+    """Calls a model whose batch norm has a group of its own."""
+    pyrannc.barrier()  # connects the processes
+    group = dist.new_group(ranks)
+    model = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4, process_group=group)).double()
+    wrapped = pyrannc.RaNNCModule(model, config=config(1, 1))
+    wrapped(vectors(2, 1))
+    wrapped.undeploy()
+
+
+def test_norms_are_synchronised_over_all_or_refused(pools: Pools) -> None:
+    pools.run(2, synchronized_over, [0, 1])
+    failures = pools.outcomes(2, synchronized_over, [0])
+    for failure, found in zip(failures, ("ranks [0]", "ranks without this one"), strict=True):
+        assert failure.kind == "RaNNCError"
+        assert f"batch norm `1` has a `process_group` of {found}, but" in failure.message
+        assert "hint: leave `process_group` out" in failure.message
 
 
 class Scored(nn.Module):

@@ -21,6 +21,7 @@ import torch
 
 from .errors import RaNNCError
 from .executor import Step
+from .meeting import meet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -143,6 +144,7 @@ class Accumulation:
                 hint="call it after a backward inside of `no_sync()`, or after one that followed "
                 "`delay_grad_allreduce(True)`",
             )
+        meet(self.comm, "model.allreduce_grads()")
         self.reduce()
 
     def refuse(self, what: str) -> None:

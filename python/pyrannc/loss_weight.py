@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import meeting
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
@@ -38,10 +40,10 @@ class LossWeight:
                 sums.
         """
         sums = self._loss_reduction == "sum"
-        told = torch.tensor([weight, float(not weight >= 0 or sums)], dtype=torch.float64)
-        with self._comm.guard("adding up the weights of the losses"):
-            total, refused = self._comm.all_reduce(told.to(self._comm.device)).tolist()
-        if refused or total == 0:
+        own = [meeting.to_bits(weight), int(not weight >= 0 or sums)]
+        told = meeting.meet(self._comm, "model.set_loss_weight(...)", own)
+        total = math.fsum(meeting.from_bits(bits) for bits, _ in told)
+        if total == 0 or any(refused for _, refused in told):
             found = 'with `loss_reduction="sum"`' if sums else f"{weight}"
             raise RaNNCError(
                 f"the weight of a loss is {found} here and {total} in all, needed numbers of at "

@@ -7,6 +7,7 @@ and it fails after the time limit when some never come. What follows can then be
 from __future__ import annotations
 
 import hashlib
+import struct
 from typing import TYPE_CHECKING
 
 from .errors import MismatchError
@@ -74,3 +75,14 @@ def raise_together(comm: Communicator, problem: Exception | None) -> None:
 def digest(text: str) -> int:
     """A number that differs for texts that differ."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def to_bits(number: float) -> int:
+    """A floating-point number as a whole one that :func:`meet` can tell the others unchanged."""
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def from_bits(bits: int) -> float:
+    """What :func:`to_bits` was given."""
+    (number,) = struct.unpack("<d", bits.to_bytes(8, "little", signed=True))
+    return float(number)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils import clip_grad
 
+from . import meeting
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
@@ -76,14 +77,14 @@ class GradientNorm:
         """
         order = _order(norm_type)
         self.accumulation.refuse("the norm of the gradients")
-        own = _norm([self._counted(name) for name in self._names(names)], order)
-        row = torch.zeros(self.comm.world_size, 2, dtype=torch.float64, device=self.comm.device)
-        row[self.comm.rank, 0] = own
-        row[self.comm.rank, 1] = float(incomplete)
-        with self.comm.guard("comparing the norms of gradients"):
-            self.comm.all_reduce(row)
-        _refuse_incomplete(row[:, 1].tolist())
-        norm: torch.Tensor = torch.linalg.vector_norm(row[:, 0], order).to(self._dtype())
+        chosen = self._names(names)
+        own = _norm([self._counted(name) for name in chosen], order)
+        call = f"clip_grad_norm or calc_grad_norm, of order {order:g}, of {len(chosen)} parameters"
+        told = meeting.meet(self.comm, call, [meeting.to_bits(own), int(incomplete)])
+        _refuse_incomplete([flag for _, flag in told])
+        norms = torch.tensor([meeting.from_bits(bits) for bits, _ in told], dtype=torch.float64)
+        norm: torch.Tensor = torch.linalg.vector_norm(norms, order)
+        norm = norm.to(self.comm.device, self._dtype())
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the total norm of order {order} of the gradients is {norm.item()}, so they "
@@ -177,7 +178,7 @@ def _at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _refuse_incomplete(flags: Sequence[float]) -> None:
+def _refuse_incomplete(flags: Sequence[int]) -> None:
     ranks = [rank for rank, flag in enumerate(flags) if flag]
     if ranks:
         raise RaNNCError(

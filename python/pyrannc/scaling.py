@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import struct
 import weakref
 from typing import TYPE_CHECKING
 
 import torch
 from torch.amp.grad_scaler import GradScaler
+
+from . import meeting
 
 if TYPE_CHECKING:
     from .accumulation import Accumulation
@@ -69,13 +70,12 @@ class LossScale:
 
     def to_bits(self) -> int:
         """The expected gradient as a whole number that travels unchanged."""
-        return int.from_bytes(struct.pack("<d", self.expected), "little", signed=True)
+        return meeting.to_bits(self.expected)
 
     @staticmethod
     def from_bits(bits: int) -> float:
         """What :meth:`to_bits` was made from."""
-        (number,) = struct.unpack("<d", bits.to_bytes(8, "little", signed=True))
-        return float(number)
+        return meeting.from_bits(bits)
 
     def note(self, seed: float) -> None:
         """Remembers with what gradient a loss was differentiated."""
@@ -95,11 +95,9 @@ class LossScale:
         """By device, whether gradients overflow on some rank; all ranks do this together."""
         self._scaler = weakref.ref(scaler)
         self._scale_then = self._scale
-        count = torch.tensor([float(flag) for flag in found.values()] or [0.0]).sum()
-        count = count.reshape(1).to(self.comm.device)
-        with self.comm.guard("comparing which gradients overflow"):
-            self.comm.all_reduce(count)
-        overflow = count.clamp(max=1.0).reshape(())
+        here = any(float(flag) for flag in found.values())
+        told = meeting.meet(self.comm, "scaler.unscale_(optimizer) or scaler.step()", [int(here)])
+        overflow = torch.tensor(float(any(there for (there,) in told)))
         return {device: overflow.to(device) for device in found or (self.comm.device,)}
 
     @property

@@ -38,6 +38,7 @@ def deployment(
     layout: Layout,
     folder: str,
     microbatches: int = 2,
+    sharding: str = "none",
 ) -> str:
     """The file of a plan with these stages; collective.
 
@@ -47,6 +48,7 @@ def deployment(
         layout: the ranks of each stage.
         folder: where to put the file.
         microbatches: how many there are.
+        sharding: what the replicas of each stage that has several divide.
     """
     path = Path(folder) / "deployment.json"
     planned = pyrannc.RaNNCModule(make(), config=config(len(layout), microbatches))
@@ -59,6 +61,8 @@ def deployment(
         plan.pop("estimates", None)
         for stage, ranks in zip(plan["stages"], layout, strict=True):
             stage["ranks"] = list(ranks)
+            if len(ranks) > 1:
+                stage["sharding"] = sharding
         path.write_text(json.dumps(plan))
     pyrannc.barrier()
     return str(path)

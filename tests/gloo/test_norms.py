@@ -288,3 +288,24 @@ def refused_while_delayed() -> None:
 
 def test_gradients_must_be_added_up_before(pools: Pools) -> None:
     pools.run(2, refused_while_delayed)
+
+
+def clip_on_some_ranks() -> None:
+    """The others go on with what comes next, which all of them are told."""
+    wrapped, _ = deployed()
+    x = torch.ones(2, 4, dtype=torch.float64)
+    clips = {
+        "of order 2, of 4 parameters": lambda: clip_grad_norm_(wrapped.parameters(), 1.0),
+        "of order inf, of 4": lambda: wrapped.clip_grad_norm(1.0, math.inf),
+        "of order 1, of 4": lambda: wrapped.calc_grad_norm(1),
+    }
+    for named, clip in clips.items():
+        call = clip if pyrannc.get_rank() == 0 else functools.partial(wrapped, x)
+        told = rf"(?s)rank 0: clip_grad_norm or calc_grad_norm, {named}.*rank 1: model\("
+        with pytest.raises(pyrannc.MismatchError, match=told):
+            call()
+    wrapped.undeploy()
+
+
+def test_clipping_on_some_ranks_is_named(pools: Pools) -> None:
+    pools.run(2, clip_on_some_ranks)

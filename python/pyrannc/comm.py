@@ -424,6 +424,11 @@ class Communicator:
             return error
         return ExecutionError(f"rank {self.rank} stopped because another rank failed: {first}")
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank gave up, so that it cannot reach the others any more."""
+        return self._failed
+
     def close(self) -> None:
         """Closes the connections that were opened here; the default process group stays."""
         if self._waiter is not None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from os import PathLike
 
 _LOSS_REDUCTIONS = ("mean", "sum")
-_live: weakref.WeakSet[RaNNCModule] = weakref.WeakSet()
+# In the order in which they were made, which all processes share.
+_live: weakref.WeakKeyDictionary[RaNNCModule, None] = weakref.WeakKeyDictionary()
 
 
 class RaNNCModule(Wrapper):
@@ -96,7 +97,7 @@ class RaNNCModule(Wrapper):
             self._runtime.call,
             reason="a RaNNCModule runs on several ranks; to export a model, take the bare one",
         )
-        _live.add(self)
+        _live[self] = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model on this process's batch; collective, planning at the first call."""
@@ -378,9 +379,13 @@ class RaNNCModule(Wrapper):
         return self
 
     def undeploy(self) -> None:
-        """Leaves the other processes and frees what was built for training together."""
+        """Leaves the other processes and frees what was built for training together; collective.
+
+        Divided parameters, and the optimizer's state of them, are whole again where there was a
+        part of them.
+        """
         self._runtime.close()
-        _live.discard(self)
+        _live.pop(self, None)
 
     def _needs_deployment(self, what: str) -> None:
         if not self._runtime.deployed:

@@ -212,6 +212,41 @@ class WholeOptimizer:
         if not self._models and holders.are_all_everywhere:
             self._groups = None
 
+    def make_whole(self, holders: Holders, divided: Mapping[str, torch.nn.Parameter]) -> None:
+        """Makes what is kept for parts that of whole parameters, where there are parts. Collective.
+
+        Args:
+            holders: who has which part.
+            divided: the parameters, by name.
+        """
+        comm, state = holders.comm, self.optimizer.state
+        own = {
+            name: _announce(state[parameter])
+            for name, parameter in divided.items()
+            if self._speaker(parameter) == comm.rank and parameter in state
+        }
+        for part in comm.all_gather_objects(own):
+            for name, entries in part.items():
+                parameter = divided[name]
+                kept = state.get(parameter, {})
+                whole = {
+                    key: kept.get(key, entry)
+                    if not isinstance(entry, _Announced)
+                    else holders.everywhere(name, kept.get(key), entry.empty(comm.device))
+                    for key, entry in entries.items()
+                }
+                if holders.is_local(name):
+                    state[parameter].update(self._moved(parameter, whole))
+
+    def _moved(self, parameter: torch.Tensor, entries: dict[str, Any]) -> dict[str, Any]:
+        """Entries with the counter of steps where the optimizer wants it."""
+        step = entries.get("step")
+        groups = self.optimizer.param_groups
+        group = next(group for group in groups if any(p is parameter for p in group["params"]))
+        if isinstance(step, torch.Tensor) and (group.get("fused") or group.get("capturable")):
+            return {**entries, "step": step.to(parameter.device)}
+        return entries
+
     # ---- The parameters of all ranks
 
     def _layout(self) -> list[_Group]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -591,7 +592,9 @@ class Runtime:
                 parameter.grad.add_(gradient)
 
     def close(self) -> None:
-        """Leaves the other ranks. Local parameters keep their values."""
+        """Leaves the other ranks. Local parameters keep their values, and are whole again."""
+        if self.deployed and self.holders.divisions and not self.comm.failed:
+            self._give_back()
         self.closed = True
         self._variants.clear()
         if self.whole_optimizer is not None and self.deployed:
@@ -602,6 +605,19 @@ class Runtime:
             self._guards.remove()
             self.loss_scale.forget()
         self.comm.close()
+
+    def _give_back(self) -> None:
+        """Makes divided parameters whole, unless another rank has failed or is elsewhere."""
+        try:
+            meet(self.comm, "model.undeploy() or pyrannc.clear()")
+            with self.comm.guard("giving divided parameters back"):
+                self.sharding.give_back(self.holders, self.parameters, self.whole_optimizer)
+        except RaNNCError as problem:  # often while another error is on its way to the user
+            warnings.warn(
+                "the model is undeployed, but its parameters stay this process's parts, as the "
+                f"others could not be had: {problem}",
+                stacklevel=4,
+            )
 
     @property
     def whole_here(self) -> bool:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from .comm import Communicator
-    from .state import Division
+    from .optimizer_state import WholeOptimizer
+    from .state import Division, Holders
 
 LEVELS = ("none", "optimizer", "gradients", "parameters")
 """What is divided, each level with those before it."""
@@ -106,6 +107,31 @@ class Sharding:
             parameter.grad = division.part(gradient, self.comm.rank).clone()
         self._divided[name] = _Divided(parameter, division, level, part, whole)
         self._versions[name] = parameter._version
+
+    def give_back(
+        self,
+        holders: Holders,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: WholeOptimizer | None,
+    ) -> None:
+        """Makes all that is divided whole again where there is a part; all ranks do this together.
+
+        Args:
+            holders: who has which part.
+            parameters: the model's, by name, the same names on every rank.
+            optimizer: which has parts of its state, too.
+        """
+        divided = {name: parameters[name] for name in parameters if name in holders.divisions}
+        if optimizer is not None:
+            optimizer.make_whole(holders, divided)
+        for name, parameter in divided.items():
+            whole = holders.everywhere(name, parameter, parameter)
+            gradient = holders.everywhere(name, parameter.grad, parameter)
+            if whole is not None and self._divided.pop(name, None) is not None:
+                parameter.grad = None
+                parameter.data = whole
+                parameter.grad = gradient
+        holders.divisions.clear()
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes note of the optimizer's steps, which change the parts."""

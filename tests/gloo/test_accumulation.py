@@ -166,9 +166,36 @@ def test_one_stage(pools: Pools, world: int, tmp_path: Path) -> None:
     check(pools, "gpt", setup, SCRIPTS["mixed"], tmp_path)
 
 
-def test_divided_parameters(pools: Pools, tmp_path: Path) -> None:
-    setup = Setup(ROWS[2], microbatches=2, stage_ranks=((0, 1),), sharding="optimizer")
-    check(pools, "gpt", setup, SCRIPTS["mixed"], tmp_path)
+@pytest.mark.parametrize(
+    ("script", "name", "stage_ranks", "level"),
+    [
+        ("mixed", "gpt", ((0, 1),), "optimizer"),
+        ("explicit", "shared_embedding", ((0,), (1, 2, 3)), "parameters"),  # and whole ones
+        *(
+            pytest.param(script, name, stage_ranks, level, marks=pytest.mark.slow)
+            for script in SCRIPTS
+            for name, stage_ranks in [
+                ("gpt", ((0, 1),)),
+                ("fork_join", ((0, 1, 2, 3),)),
+                ("shared_embedding", ((0,), (1, 2, 3))),
+                ("fork_join", ((0, 1), (2, 3))),
+            ]
+            for level in ("optimizer", "gradients", "parameters")
+        ),
+    ],
+    ids=str,
+)
+def test_divided_parameters(
+    pools: Pools,
+    script: str,
+    name: str,
+    stage_ranks: tuple[tuple[int, ...], ...],
+    level: str,
+    tmp_path: Path,
+) -> None:
+    world = 1 + max(rank for ranks in stage_ranks for rank in ranks)
+    setup = Setup(ROWS[world], microbatches=2, stage_ranks=stage_ranks, sharding=level)
+    check(pools, name, setup, SCRIPTS[script], tmp_path)
 
 
 @pytest.mark.slow

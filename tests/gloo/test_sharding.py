@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,12 +13,14 @@ from torch import nn
 import pyrannc
 from pyrannc import executor, sharding
 from pyrannc.optimizer import check_element_wise
-from tests.gloo.test_equivalence import ROWS, check
+from tests.gloo.layouts import Layout, deployment, share
+from tests.gloo.test_equivalence import EXACT, EXACT_STATE, ROWS, check
 from tests.gloo.training import OPTIMIZERS, Setup
 from tests.models import case
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
+    from pathlib import Path
 
     from tests.gloo.pool import Pools
 
@@ -30,7 +30,6 @@ CONFIG = pyrannc.Config(
     partition_num=1, pipeline_num=1, measure=False, profile_cache_dir="off", timeout_s=40
 )
 LEVELS = ("optimizer", "gradients", "parameters")
-Layout = tuple[tuple[int, ...], ...]
 ONE_STAGE: list[Layout] = [((0, 1),), ((0, 1, 2, 3),)]
 TWO_STAGES: list[Layout] = [((0, 1), (2, 3)), ((0,), (1, 2, 3)), ((0, 1, 2), (3,))]
 
@@ -123,23 +122,6 @@ class Chain(nn.Module):
         return x.pow(2).mean()
 
 
-def sharded_to(level: str, folder: str, make_model: Callable[[], nn.Module]) -> str:
-    """The file of a deployment on all ranks in one stage that divides so much."""
-    path = Path(folder) / "deployment.json"
-    planned = pyrannc.RaNNCModule(make_model(), config=CONFIG)
-    with torch.no_grad():
-        planned(torch.ones(4, 8))
-    planned.save_deployment(path)
-    planned.undeploy()
-    if pyrannc.get_rank() == 0:
-        plan = json.loads(path.read_text())
-        for stage in plan["stages"]:
-            stage["sharding"] = level
-        path.write_text(json.dumps(plan))
-    pyrannc.barrier()
-    return str(path)
-
-
 def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -150,10 +132,10 @@ def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 def hold(level: str, folder: str) -> Held:
-    deployment = sharded_to(level, folder, Chain)
+    planned = deployment(Chain, (torch.ones(4, 8),), ((0, 1),), folder, 1, level)
     model = Chain()
     optimizer = torch.optim.Adam(model.parameters())
-    wrapped = pyrannc.RaNNCModule(model, optimizer, load_deployment=deployment, config=CONFIG)
+    wrapped = pyrannc.RaNNCModule(model, optimizer, load_deployment=planned, config=CONFIG)
     gathered, unscattered = [0], [0]
     taking, freeing = sharding._Divided.take_memory, sharding._Divided.free_memory
     adding = executor.Executor._add_scattered
@@ -203,6 +185,90 @@ def test_memory_is_saved(pools: Pools, tmp_path: Path) -> None:
     }
     for level, held in expected.items():
         assert pools.run(2, hold, level, str(tmp_path)) == [held] * 2, level
+
+
+# ---- What is left when the ranks part
+
+
+class Scaled(Chain):
+    """A chain with a parameter that is smaller than the number of replicas."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale.square().sum()
+
+
+def make_scaled() -> nn.Module:
+    torch.manual_seed(0)
+    return Scaled().double()
+
+
+def part(layout: Layout, level: str, fused: bool, folder: str) -> None:
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    planned = deployment(make_scaled, (share(x),), layout, folder, 1, level)
+    plain, model = make_scaled(), make_scaled()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=fused) for m in (plain, model)]
+    wrapped = pyrannc.RaNNCModule(model, optimizers[1], load_deployment=planned, config=CONFIG)
+
+    def step(called: nn.Module, rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        called(rows).backward()
+        optimizer.step()
+
+    for _ in range(2):
+        step(plain, x, optimizers[0])
+        step(wrapped, share(x), optimizers[1])
+    held = [name for name, _ in wrapped.named_parameters()]
+    pyrannc.clear()
+    expected, found = dict(plain.named_parameters()), dict(model.named_parameters())
+    for name in held:
+        torch.testing.assert_close(found[name], expected[name], **EXACT)
+        torch.testing.assert_close(found[name].grad, expected[name].grad, **EXACT)
+        kept = (o.state[p[name]] for o, p in zip(optimizers, (expected, found), strict=True))
+        torch.testing.assert_close(*kept, **EXACT)
+    if len(layout) == 1:  # all of it is here, and plain
+        for _ in range(2):
+            step(plain, x, optimizers[0])
+            step(model, x, optimizers[1])
+        torch.testing.assert_close(model.state_dict(), plain.state_dict(), **EXACT_STATE)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("layout", "fused"),
+    [
+        (((0, 1, 2),), False),
+        pytest.param(((0, 1, 2),), True, marks=pytest.mark.slow),
+        pytest.param(((0,), (1, 2)), False, marks=pytest.mark.slow),
+        pytest.param(((0, 1), (1, 2)), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_undeploy_gives_whole_parameters_back(
+    pools: Pools, layout: Layout, level: str, fused: bool, tmp_path: Path
+) -> None:
+    pools.run(3, part, layout, level, fused, str(tmp_path))
+
+
+def part_apart() -> None:
+    model = make_scaled()
+    wrapped = pyrannc.RaNNCModule(model, enable_zero=True, config=CONFIG)
+    x = torch.ones(2, 8, dtype=torch.float64)
+    wrapped(x)
+    if pyrannc.get_rank() == 0:
+        with pytest.raises(pyrannc.MismatchError, match=r"rank 1: model.undeploy\(\)"):
+            wrapped(x)
+    else:
+        with pytest.warns(UserWarning, match=r"stay this process's parts.*(?s:.*)rank 0: model\("):
+            wrapped.undeploy()
+
+
+def test_undeploy_on_some_ranks_is_named(pools: Pools) -> None:
+    pools.run(2, part_apart)
+    pools.drop(2)
 
 
 # ---- How it is asked for, and who may not

@@ -150,10 +150,14 @@ def plain(optimizer: str) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
     return middle, script.state(), losses
 
 
-def train_and_save(optimizer: str, layout: Layout, folder: str, options: dict[str, Any]) -> Any:
+def planned(layout: Layout, folder: str, level: str) -> str:
+    return deployment(make, (share(batch(0)),), layout, folder, sharding=level)
+
+
+def train_and_save(optimizer: str, layout: Layout, level: str, folder: str) -> Any:
     """The first half of training, whose state rank 0 returns."""
     script = Script.start(optimizer, seed=pyrannc.get_rank())  # rank 0's counts
-    script.wrap(deployment(make, (share(batch(0)),), layout, folder), **options)
+    script.wrap(planned(layout, folder, level), enable_zero=level != "none")
     assert len(script.state()["model"]) == len(make().state_dict())  # before the first call
     losses = script.train(range(STEPS))
     state = script.state()
@@ -171,11 +175,11 @@ def train_and_save(optimizer: str, layout: Layout, folder: str, options: dict[st
 
 
 def load_and_train(
-    optimizer: str, layout: Layout, path: str, folder: str, when: str, options: dict[str, Any]
+    optimizer: str, layout: Layout, level: str, path: str, folder: str, when: str
 ) -> Any:
     """The second half, from a file; loaded before or after the first call."""
     script = Script.start(optimizer, seed=5)
-    wrapped = script.wrap(deployment(make, (share(batch(0)),), layout, folder), **options)
+    wrapped = script.wrap(planned(layout, folder, level), enable_zero=level != "none")
     state = torch.load(path)
     if when == "after":
         script.train(range(7, 8))  # something else, to be overwritten
@@ -198,7 +202,7 @@ def load_and_train(
 
 ONE, TWO, FOUR = ((0,),), ((0,), (1,)), ((0,), (1,), (2,), (3,))
 REPLICAS, UNEQUAL, THREE = ((0, 1),), ((0,), (1, 2, 3)), ((0, 1, 2), (3,))
-SHARDED = {"sharding": "optimizer"}
+ALL = ((0, 1, 2, 3),)
 
 QUICK = [
     ("adam", TWO, REPLICAS, "after"),
@@ -228,19 +232,37 @@ def test_training_goes_on_under_another_plan(
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "first", "second", "when"),
+    ("optimizer", "first", "second", "when", "levels"),
     [
-        ("adam", ((0, 1, 2),), ((0,), (1, 2)), "after"),
-        pytest.param("adam", UNEQUAL, THREE, "before", marks=pytest.mark.slow),
-        pytest.param("named_sgd", THREE, UNEQUAL, "after", marks=pytest.mark.slow),
-        pytest.param("adam", UNEQUAL, TWO, "before on rank 0", marks=pytest.mark.slow),
+        ("adam", ((0, 1, 2),), ((0,), (1, 2)), "after", ("optimizer", "optimizer")),
+        ("adam", ONE, ALL, "before", ("none", "parameters")),
+        *(
+            pytest.param(*way, marks=pytest.mark.slow)
+            for way in [
+                ("adam", UNEQUAL, THREE, "before", ("optimizer", "optimizer")),
+                ("named_sgd", THREE, UNEQUAL, "after", ("optimizer", "gradients")),
+                ("adam", UNEQUAL, TWO, "before on rank 0", ("optimizer", "none")),
+                ("adam", ONE, ALL, "after", ("none", "optimizer")),
+                ("named_sgd", ONE, ALL, "before on rank 0", ("none", "gradients")),
+                ("adam", ALL, REPLICAS, "after", ("parameters", "optimizer")),
+                ("named_sgd", ALL, REPLICAS, "before", ("gradients", "parameters")),
+                ("adam", ALL, TWO, "before on rank 0", ("parameters", "none")),
+                ("adam", THREE, ALL, "after", ("parameters", "parameters")),
+            ]
+        ),
     ],
     ids=str,
 )
 def test_training_goes_on_where_replicas_divide_the_state(
-    pools: Pools, optimizer: str, first: Layout, second: Layout, when: str, tmp_path: Path
+    pools: Pools,
+    optimizer: str,
+    first: Layout,
+    second: Layout,
+    when: str,
+    levels: tuple[str, str],
+    tmp_path: Path,
 ) -> None:
-    check_resume(pools, optimizer, first, second, when, tmp_path, enable_zero=True)
+    check_resume(pools, optimizer, first, second, when, tmp_path, levels)
 
 
 def check_resume(
@@ -250,13 +272,13 @@ def check_resume(
     second: Layout,
     when: str,
     folder: Path,
-    **options: Any,
+    levels: tuple[str, str] = ("none", "none"),
 ) -> None:
     middle, end, losses = plain(optimizer)
     (folder / "first").mkdir()
     (folder / "second").mkdir()
     world = 1 + max(rank for ranks in first for rank in ranks)
-    results = pools.run(world, train_and_save, optimizer, first, str(folder / "first"), options)
+    results = pools.run(world, train_and_save, optimizer, first, levels[0], str(folder / "first"))
     for found, _ in results:
         assert found == pytest.approx(losses[:STEPS], rel=1e-10)
     state = results[0][1]
@@ -268,7 +290,7 @@ def check_resume(
     path = str(folder / "first" / "state.pt")
     world = 1 + max(rank for ranks in second for rank in ranks)
     results = pools.run(
-        world, load_and_train, optimizer, second, path, str(folder / "second"), when, options
+        world, load_and_train, optimizer, second, levels[1], path, str(folder / "second"), when
     )
     for found, _ in results:
         assert found == pytest.approx(losses[STEPS:], rel=1e-10)

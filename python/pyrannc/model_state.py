@@ -92,7 +92,7 @@ def load(
     result = None
     try:
         _check(state_dict, holders.comm.rank)
-        with sharding.whole():
+        with sharding.outlined():
             result, given = _assign(model, state_dict, strict=strict)
     except Exception as error:  # raised below, on all ranks
         problem = _without_trace(error)

@@ -172,6 +172,15 @@ class Sharding:
             yield
 
     @contextlib.contextmanager
+    def outlined(self) -> Iterator[None]:
+        """Gives every divided parameter the shape of the whole in the body; values may be absent.
+
+        No memory is needed for that.
+        """
+        with _whole([*self._divided.values()]):
+            yield
+
+    @contextlib.contextmanager
     def shaped(self, *, values: bool) -> Iterator[None]:
         """Gives the other divided parameters the shape of the whole, and its values if asked to.
 

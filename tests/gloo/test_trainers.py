@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,21 +80,39 @@ def test_hugging_face(tmp_path: Path) -> None:
         torch.testing.assert_close(saved, expected, **TOLERANCE)
 
 
+def focus(
+    outputs: dict[str, torch.Tensor], labels: torch.Tensor, num_items_in_batch: torch.Tensor
+) -> torch.Tensor:
+    """A focal loss, which the model does not know."""
+    costs = torch.nn.functional.cross_entropy(
+        outputs["logits"].flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    return ((1 - torch.exp(-costs)).square() * costs).sum() / num_items_in_batch
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "alone": {},
     "accumulating": {"gradient_accumulation_steps": 2},
     "bfloat16": {"bf16": True, "gradient_accumulation_steps": 2},
     "best": {"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+    "smoothed": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    "smoothed per batch": {
+        "label_smoothing_factor": 0.1,
+        "gradient_accumulation_steps": 2,
+        "accepts_loss_kwargs": False,
+    },
+    "computed": {"gradient_accumulation_steps": 2, "compute_loss_func": focus},
 }
+"""Those of `TrainingArguments`, and of the model and the trainer."""
 
 
 class Tagger(torch.nn.Module):
     """Predicts a tag for each word that has one; its loss is a mean as the trainer asks for."""
 
-    accepts_loss_kwargs = True
-
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, accepts_loss_kwargs: bool = True) -> None:
         super().__init__()
+        self.accepts_loss_kwargs = accepts_loss_kwargs
+        self.config = types.SimpleNamespace(problem_type=None)  # which label smoothing looks at
         torch.manual_seed(0)
         layers = [torch.nn.Embedding(20, 8), torch.nn.Linear(8, 16), torch.nn.Tanh()]
         self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(16, 5)).to(dtype)
@@ -101,10 +120,12 @@ class Tagger(torch.nn.Module):
     def forward(
         self,
         words: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         scores = self.layers(words)
+        if labels is None:
+            return {"logits": scores}
         reduction = "mean" if num_items_in_batch is None else "sum"
         loss = torch.nn.functional.cross_entropy(
             scores.flatten(0, 1), labels.flatten(), reduction=reduction
@@ -130,7 +151,7 @@ def tag(
 
     Args:
         folder: where checkpoints are.
-        options: of the trainer.
+        options: one of `OPTIONS`.
         stages: of the model; 0 for a plain trainer.
         stop: how many steps to stop after; 0 for all.
         resume: whether to go on from the last checkpoint.
@@ -143,6 +164,9 @@ def tag(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= state.global_step == stop
 
+    options = dict(options)
+    accepts = options.pop("accepts_loss_kwargs", True)
+    outside = options.pop("compute_loss_func", None)
     rows = 4 // pyrannc.get_world_size()
     arguments = TrainingArguments(
         str(folder),
@@ -161,13 +185,14 @@ def tag(
         disable_tqdm=True,
         **options,
     )
-    model = Tagger(torch.float32 if "bf16" in options else torch.float64)
+    model = Tagger(torch.float32 if "bf16" in options else torch.float64, accepts)
     settings = {"config": config(stages)} if stages else {}
     trainer = (RaNNCTrainer if stages else Trainer)(
         model,
         arguments,
         train_dataset=Tagged(),
         eval_dataset=Tagged(),
+        compute_loss_func=outside,
         callbacks=[Stop],
         **settings,
     )
@@ -181,23 +206,33 @@ def tag(
     return logged, {name: tensor.clone() for name, tensor in state.items()}
 
 
-QUICK = [("accumulating", 2), ("bfloat16", 2), ("best", 1)]
+QUICK = [
+    ("accumulating", 2, 2),
+    ("bfloat16", 2, 2),
+    ("best", 1, 2),
+    ("smoothed", 2, 4),
+    ("computed", 1, 2),
+]
+SLOW = [
+    (name, stages, world)
+    for name in OPTIONS
+    for stages, world in ((1, 2), (2, 2), (1, 4), (2, 4))
+    if (name, stages, world) not in QUICK
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"),
-    [
-        pytest.param(name, stages, marks=() if (name, stages) in QUICK else pytest.mark.slow)
-        for name in OPTIONS
-        for stages in (1, 2)
-    ],
+    ("name", "stages", "world"),
+    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
 )
-def test_hugging_face_options(name: str, stages: int, pools: Pools, tmp_path: Path) -> None:
+def test_hugging_face_options(
+    name: str, stages: int, world: int, pools: Pools, tmp_path: Path
+) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     logged, state = tag(tmp_path / "plain", OPTIONS[name])
     train = partial(tag, tmp_path / "ours", OPTIONS[name], stages=stages)
-    found, theirs = pools.run(2, train, seconds=SECONDS)[0]
+    found, theirs = pools.run(world, train, seconds=SECONDS)[0]
     if name == "bfloat16":  # parts are rounded one by one, as in `test_precision.py`
         tolerance = {"rtol": 2**-7, "atol": 2**-7}
         torch.testing.assert_close(found, logged, **tolerance)
@@ -207,20 +242,33 @@ def test_hugging_face_options(name: str, stages: int, pools: Pools, tmp_path: Pa
     torch.testing.assert_close(theirs, state, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_hugging_face_resumes(stages: int, pools: Pools, tmp_path: Path) -> None:
-    """By another plan, and as a plain trainer, as if it had never stopped."""
+RESUMES = [
+    ((2, 1), (2, 2), ()),
+    ((2, 2), (1, 0), ()),
+    ((1, 0), (4, 2), ()),
+    *(
+        (*way, (pytest.mark.slow,))
+        for way in (((2, 2), (2, 1)), ((1, 0), (2, 1)), ((4, 2), (1, 0)), ((4, 1), (2, 2)))
+    ),
+]
+"""Processes and stages, of which 0 are a plain trainer, before and after the interruption."""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [pytest.param(*way, marks=marks) for *way, marks in RESUMES], ids=str
+)
+def test_hugging_face_resumes(
+    before: tuple[int, int], after: tuple[int, int], pools: Pools, tmp_path: Path
+) -> None:
+    """By another plan, and from and to a plain trainer, as if it had never stopped."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     options = OPTIONS["accumulating"]
-    folder, copied = tmp_path / "ours", tmp_path / "copied"
     _, state = tag(tmp_path / "plain", options)
-    train = partial(tag, folder, options)
-    pools.run(2, partial(train, stages=stages, stop=3), seconds=SECONDS)
-    shutil.copytree(folder, copied)
-    resumed = pools.run(2, partial(train, stages=3 - stages, resume=True))
-    for found in (resumed[0][1], tag(copied, options, resume=True)[1]):
-        torch.testing.assert_close(found, state, rtol=1e-10, atol=1e-12)
+    for (world, stages), more in ((before, {"stop": 3}), (after, {"resume": True})):
+        train = partial(tag, tmp_path / "ours", options, stages=stages, **more)
+        found = pools.run(world, train, seconds=SECONDS)[0] if stages else train()
+    torch.testing.assert_close(found[1], state, rtol=1e-10, atol=1e-12)
 
 
 def test_options_of_the_trainer_that_cannot_work(tmp_path: Path) -> None:
@@ -233,6 +281,29 @@ def test_options_of_the_trainer_that_cannot_work(tmp_path: Path) -> None:
     )
     with pytest.raises(pyrannc.RaNNCError, match="cannot be used with a model that RaNNC"):
         RaNNCTrainer(torch.nn.Linear(2, 2), arguments)
+
+
+def no_sum(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """A mean, whatever it is asked for."""
+    return torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_losses_that_do_not_add_up_are_refused(rows: int) -> None:
+    pytest.importorskip("transformers")
+    from pyrannc.integrations._outside_losses import Computed
+
+    outputs, labels = (
+        Tagger(torch.float64)(torch.arange(3 * rows).view(rows, 3)),
+        torch.ones(rows, 3).long(),
+    )
+    computed = Computed(no_sum, lambda values: values)
+    with pytest.raises(pyrannc.RaNNCError, match=r"needed a sum over rows.*\n.*divide the sum"):
+        computed(outputs, labels, num_items_in_batch=3 * rows)
+    with pytest.raises(pyrannc.RaNNCError, match=r"not told what it is a mean over.*\n.*`labels`"):
+        computed(outputs, None)
+    added = Computed(focus, lambda values: 2 * values)(outputs, labels, num_items_in_batch=5)
+    assert added.item() == pytest.approx(2 * float(focus(outputs, labels, 5)), rel=1e-12)
 
 
 def regress(

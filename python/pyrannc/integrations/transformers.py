@@ -21,6 +21,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from pyrannc.errors import RaNNCError
 from pyrannc.module import RaNNCModule
 
+from ._outside_losses import Computed, Smoothed
+
 
 class RaNNCTrainer(Trainer):
     """A ``Trainer`` whose model is distributed by RaNNC.
@@ -35,8 +37,7 @@ class RaNNCTrainer(Trainer):
         **kwargs: as for ``Trainer``.
 
     Raises:
-        RaNNCError: for options that compute the loss outside of the model, or distribute it
-            otherwise.
+        RaNNCError: for options that distribute or compile the model otherwise.
     """
 
     def __init__(self, *args: Any, config: Any = None, **kwargs: Any) -> None:
@@ -46,6 +47,12 @@ class RaNNCTrainer(Trainer):
         self.args = copy.copy(self.args)
         self.args.average_tokens_across_devices = False
         self._check_arguments()
+        self._loss_outside = bool(self.label_smoother or self.compute_loss_func)
+        if self.label_smoother is not None:
+            own: Any = Smoothed(self.label_smoother, self.accelerator.gather)
+            self.label_smoother = own
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = Computed(self.compute_loss_func, self.accelerator.gather)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001 - the base's
         """Writes the whole model; collective, though only rank 0 writes."""
@@ -64,7 +71,12 @@ class RaNNCTrainer(Trainer):
     ) -> torch.nn.Module:
         if not isinstance(self.model_wrapped, RaNNCModule):
             self.create_optimizer()  # evaluation before training has none yet
-            self.model_wrapped = RaNNCModule(model, self.optimizer, config=self._config)
+            self.model_wrapped = RaNNCModule(
+                model,
+                self.optimizer,
+                loss_reduction="sum" if self._loss_outside else "mean",
+                config=self._config,
+            )
         return self.model_wrapped
 
     def _get_num_items_in_batch(
@@ -119,8 +131,6 @@ class RaNNCTrainer(Trainer):
 
     def _check_arguments(self) -> None:
         refused = {
-            "compute_loss_func": self.compute_loss_func is not None,
-            "label_smoothing_factor": self.label_smoother is not None,
             "fsdp or deepspeed": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             "torch_compile": self.args.torch_compile,
         }
@@ -128,5 +138,5 @@ class RaNNCTrainer(Trainer):
             if found:
                 raise RaNNCError(
                     f"`{option}` cannot be used with a model that RaNNC distributes",
-                    hint="have the model compute its loss, and leave other options out",
+                    hint="leave it out",
                 )

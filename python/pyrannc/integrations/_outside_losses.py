@@ -88,19 +88,21 @@ class Computed:
         self, loss: torch.Tensor, outputs: Any, labels: Any, number: torch.Tensor | int
     ) -> None:
         """Tries whether losses of rows add up, and halve when the number doubles."""
-        rows = labels.shape[0]
+        rows, whole = labels.shape[0], loss.detach()
         with torch.no_grad():
             half = self.plain(outputs, labels, num_items_in_batch=2 * number)
             parts = [
                 self.plain(*_rows((outputs, labels), rows, part), num_items_in_batch=number)
                 for part in (slice(None, rows // 2), slice(rows // 2, None))
                 if rows > 1
-            ] or [loss]
+            ] or [whole]
         # Different orders of additions in bfloat16 are worth less than this, a mean half of it.
         found = (2 * float(half), math.fsum(float(part) for part in parts))
-        if not all(math.isclose(float(loss), other, rel_tol=0.05, abs_tol=1e-6) for other in found):
+        if not all(
+            math.isclose(float(whole), other, rel_tol=0.05, abs_tol=1e-6) for other in found
+        ):
             raise RaNNCError(
-                f"`compute_loss_func` gives {float(loss):g} for this process's {rows} rows, but "
+                f"`compute_loss_func` gives {float(whole):g} for this process's {rows} rows, but "
                 f"{found[1]:g} for its parts together, and {float(half):g} with "
                 "`num_items_in_batch` doubled; needed a sum over rows divided by "
                 "`num_items_in_batch`, so that the losses of all processes add up",

@@ -114,11 +114,16 @@ def _following(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _reduction(root: fx.Node, reductions: Mapping[int, str]) -> str | None:
-    """What is stated of all outputs that a value leads to."""
+    """What is stated of the outputs that a value leads to.
+
+    It holds for others of them, too: a loss with a balance of experts in it, of which the user
+    states but the balance.
+    """
     following = _following([root])
     results = root.graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
-    stated = {reductions.get(i) for i, result in enumerate(results) if result in following}
+    reached = [i for i, result in enumerate(results) if result in following]
+    stated = {reductions[i] for i in reached if i in reductions}
     return stated.pop() if len(stated) == 1 else None
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from .errors import MismatchError
+from .errors import ExecutionError, MismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .comm import Communicator
 
+T = TypeVar("T")
 _WIDTH = 12  # equal for all calls, so that different ones can meet
 
 
@@ -70,6 +71,32 @@ def raise_together(comm: Communicator, problem: Exception | None) -> None:
     for found in comm.all_gather_objects(problem):
         if found is not None:
             raise found
+
+
+def agree(comm: Communicator, task: str, action: Callable[[], T]) -> T:
+    """Runs ``action`` on every rank, and raises on every rank if it failed on any.
+
+    Raises:
+        RaNNCError: this rank's own error where it failed here, else one that names the failing
+            ranks.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:  # raised again below, after the others know
+        error = caught
+    problems = comm.all_gather_objects(
+        None if error is None else f"{type(error).__name__}: {error}"
+    )
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if failed:
+        raise ExecutionError(
+            f"could not {task} on {len(failed)} of {comm.world_size} ranks: " + "; ".join(failed)
+        )
+    return result  # type: ignore[return-value]
 
 
 def digest(text: str) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyrannc
-from pyrannc import planning, runtime, variants
+from pyrannc import deployment, planning, variants
 from pyrannc.executor import Executor, Step
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Counts:
 @contextlib.contextmanager
 def counting() -> Iterator[Counts]:
     counts = Counts()
-    capture, make_plan = runtime.capture, planning.make_plan
+    capture, make_plan = deployment.capture, planning.make_plan
 
     def counted_capture(*args: Any, **kwargs: Any) -> Any:
         counts.captures += 1
@@ -78,7 +78,7 @@ def counting() -> Iterator[Counts]:
         return make_plan(*args, **kwargs)
 
     with (
-        mock.patch.object(runtime, "capture", counted_capture),
+        mock.patch.object(deployment, "capture", counted_capture),
         mock.patch.object(planning, "make_plan", counted_plan),
     ):
         yield counts

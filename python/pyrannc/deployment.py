@@ -1,0 +1,433 @@
+"""A model's place on all ranks: captured in each form, planned once, its parameters spread.
+
+Rank 0 plans with the first batch; then every rank takes its part. Later forms of the model are
+captured when they first occur, and laid out by the same plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
+from ._form import Form
+from ._stated import check_stated
+from ._wrapper import not_looked_into
+from .accumulation import Accumulation, Reduction
+from .batch_norm import capturable_norms, place_part_norms
+from .buffers import Registered
+from .capture import Captured, capture
+from .comm import Communicator
+from .companions import synchronized_stages
+from .dropout import set_dropout
+from .errors import MismatchError, PlanError, RaNNCError
+from .executor import Executor
+from .loss_weight import LossWeight
+from .meeting import agree, meet
+from .norms import GradientNorm
+from .optimizer import check_element_wise, check_parameter_wise, keep_part
+from .optimizer_state import WholeOptimizer
+from .scaling import LossScale
+from .sharding import Sharding
+from .stage import Stage
+from .unused import refuse_unused
+from .variants import Kind, Mode, Variant, Variants, holders_beyond
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .config import Config
+
+logger = logging.getLogger(__name__)
+
+
+class Deployment:
+    """A model deployed over all ranks.
+
+    Attributes:
+        plan: what was decided.
+        comm: the connections to the other ranks.
+        holders: which ranks hold each parameter and buffer.
+        divided: what the holders of divided parameters divide, by the parameter's name.
+        accumulation: gradients that wait to be added up between ranks.
+        norm: the norm of all gradients, once the model is deployed.
+        loss_scale: what losses are scaled by, once the model is deployed.
+    """
+
+    plan: _core.Plan
+    holders: state.Holders
+    divided: dict[str, str]
+    accumulation: Accumulation
+    norm: GradientNorm
+    loss_scale: LossScale
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        gather_inputs: bool,
+        load_deployment: str | None,
+        loss_reduction: str,
+        output_reduction: dict[str, str] | str | None,
+        enable_zero: bool,
+        check_unused_values: bool,
+        config: Config,
+    ) -> None:
+        """Connects to the other ranks; planning waits for the first batch."""
+        self.model = model
+        self.optimizer = optimizer
+        self.gather = gather_inputs
+        self.load_deployment = load_deployment
+        self.loss_reduction = loss_reduction
+        self.output_reduction = output_reduction
+        self.config = config
+        self.check_unused_values = check_unused_values
+        self.least_sharding = "optimizer" if enable_zero else "none"
+        if optimizer is not None and (enable_zero or config.sharding != "none"):
+            check_element_wise(optimizer)
+        self.comm = Communicator.connect(config.timeout)
+        if config.show_config_items and self.comm.rank == 0:
+            print(config.report())
+        self.parameters = dict(model.named_parameters())
+        self.buffers = dict(model.named_buffers())
+        self._registered = Registered(model)
+        self._variants = Variants()
+        self.dropout: bool | None = None
+        self.whole_optimizer: WholeOptimizer | None = None
+        if optimizer is not None:
+            self.whole_optimizer = WholeOptimizer.of(optimizer, self.parameters)
+        self._elsewhere: list[torch.nn.Parameter] = []
+        self._whole: set[int] = set()
+        self._guards: guards.Guards | None = None
+        self.closed = False
+        self.loss_weight = LossWeight(self.comm, loss_reduction)
+        self.sharding = Sharding(self.comm)
+        self.accumulation = Accumulation(self.comm, self.parameters)
+        if optimizer is not None:
+            self.accumulation.watch(optimizer)
+        self.deployed = False
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def _deploy(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, rows: int
+    ) -> None:
+        """Plans on rank 0 and takes this rank's part; see the package's architecture page."""
+        if self.whole_optimizer is None:
+            meet(self.comm, "the first call of the model, without an optimizer")
+        else:
+            self.whole_optimizer.compare(self.comm)
+        captured, graph, kind = self._capture_to_plan(args, kwargs, signature, rows)
+        by_rows = [graph.values[value].transport == "split" for value in graph.outputs]
+        check_stated(self.output_reduction, captured.output_names, by_rows)
+        if self.check_unused_values:
+            refuse_unused(captured, graph, self.parameters)
+        with streams.undisturbed(self.comm.device):
+            self.plan = planning.make_plan(
+                self.comm,
+                captured,
+                graph,
+                self.optimizer,
+                batch_rows=rows,
+                config=self.config,
+                least_sharding=self.least_sharding,
+                load_deployment=self.load_deployment,
+            )
+        if self.comm.rank == 0:
+            logger.info("%s", self.plan.report())
+        placement = self.plan.place(graph)
+        self.holders = state.Holders(self.comm, dict(placement.holders))
+        if self.optimizer is not None and not self.holders.are_all_everywhere:
+            check_parameter_wise(self.optimizer)
+        self._create_groups(placement)
+        self._take_part()
+        self._divide(placement)
+        self._keep(kind, self._build(captured, graph, placement))
+        self.norm = GradientNorm(self.comm, self.parameters, self.holders, self.accumulation)
+        self.norm.watch()
+        if self.comm.world_size > 1:
+            self._guards = guards.Guards(self.model, self.sharding)
+        self.loss_scale = LossScale(self.comm, self.accumulation, self.optimizer)
+        self.loss_scale.watch()
+        self.deployed = True
+
+    def _capture_to_plan(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, rows: int
+    ) -> tuple[Captured, _core.Graph, Kind]:
+        """The model as it trains; as it is now if it cannot be called so when it trains."""
+        try:
+            with _in_mode(self.model, training=True):
+                kind = Kind(signature, self._mode())
+                return *self._capture(args, kwargs, rows), kind
+        except MismatchError:
+            raise
+        except Exception as failure:  # whatever the user's forward raises
+            if self.model.training:
+                raise
+            logger.info("planned as the model evaluates, as it does not train so: %s", failure)
+        kind = Kind(signature, self._mode())
+        return *self._capture(args, kwargs, rows), kind
+
+    def _take_part(self) -> None:
+        """Takes rank 0's values of what this rank holds, and frees the rest."""
+        for name, tensor in [*self.parameters.items(), *self.buffers.items()]:
+            tensor.data = self.comm.broadcast(tensor.detach().to(self.comm.device).contiguous(), 0)
+            if isinstance(tensor, torch.nn.Parameter):
+                self._leave_to_holders(name, tensor)
+        if self.whole_optimizer is not None:
+            self.whole_optimizer.deploy(self.holders, self.parameters)
+
+    def _place_late(self, placement: _core.Placement) -> None:
+        """Leaves what no form has used until now, and all ranks have, to those that use it."""
+        late = {n: r for n, r in placement.holders.items() if n not in self.holders.ranks}
+        self.holders.ranks.update(late)
+        for name in late:
+            if name in self.parameters:
+                self._leave_to_holders(name, self.parameters[name])
+        if self.whole_optimizer is not None:
+            self.whole_optimizer.keep_local()
+
+    def _leave_to_holders(self, name: str, parameter: torch.nn.Parameter) -> None:
+        if not self.holders.is_local(name):
+            elsewhere.take_away(parameter)
+            parameter.grad = None
+            self._elsewhere.append(parameter)
+
+    def _divide(self, placement: _core.Placement) -> None:
+        """Makes parameters that replicas divide this rank's part of them."""
+        self.divided = placement.divided
+        if self.optimizer is not None and self.divided:
+            check_element_wise(self.optimizer)  # also where a loaded deployment asks for it
+            self.sharding.watch(self.optimizer)
+        for name, level in self.divided.items():
+            parameter = self.parameters[name]
+            division = state.Division(tuple(self.holders.ranks[name]), parameter.shape)
+            self.holders.divisions[name] = division
+            if self.holders.is_local(name):
+                if self.optimizer is not None:
+                    keep_part(self.optimizer, parameter, division, self.comm.rank)
+                self.sharding.divide(name, parameter, division, level)
+
+    def _look_again(self) -> None:
+        """Takes note of parameters and buffers that the model was given before its first call.
+
+        Raises:
+            RaNNCError: when it has something else in their places, for this call only.
+        """
+        found = dict(self.model.named_parameters())
+        if not all(isinstance(parameter, torch.nn.Parameter) for parameter in found.values()):
+            raise not_looked_into("torch.func.functional_call")
+        self.parameters.clear()
+        self.parameters.update(found)
+        self.buffers = dict(self.model.named_buffers())
+        self._registered = Registered(self.model)
+        if self.optimizer is not None:
+            WholeOptimizer.of(self.optimizer, self.parameters)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of all ranks by the name that counts."""
+        return {**self.parameters, **self.buffers}
+
+    def local_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that this rank holds, by name; all of them before deployment."""
+        if not self.deployed and not hasattr(self, "holders"):
+            return dict(self.model.named_parameters())  # also those that were added since
+        return {name: p for name, p in self.parameters.items() if self.holders.is_local(name)}
+
+    def _variant(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        signature: str,
+        rows: int,
+        *,
+        with_gradients: bool,
+    ) -> Variant:
+        kind = Kind(signature, self._mode())
+        variant = self._variants.find(kind, rows, with_gradients=with_gradients)
+        if variant is None:
+            with self._materialized():
+                captured, graph = self._capture(args, kwargs, rows)
+            placement = self.plan.place(graph, self.divided)
+            self._check_holders(placement)
+            self._place_late(placement)
+            self._create_groups(placement)
+            variant = self._build(captured, graph, placement)
+            self._keep(kind, variant)
+        return variant
+
+    def _mode(self) -> Mode:
+        """What decides, apart from the arguments, which operators the model runs now."""
+        if not self.deployed:
+            self._look_again()
+            self._form = Form(self.model)
+        with torch._C.DisableTorchFunctionSubclass():
+            form = self._form.digest(self._whole)
+            return Mode.of(self.model, self.dropout, form)
+
+    def _keep(self, kind: Kind, variant: Variant) -> None:
+        """Keeps a variant; attributes of parts that it leaves whole do not count from now on."""
+        whole = variant.captured.whole_modules()
+        if not whole <= self._whole:
+            self._whole |= whole
+            form = self._form.digest(self._whole)
+            kind = dataclasses.replace(kind, mode=dataclasses.replace(kind.mode, form=form))
+        self._variants.add(kind, variant)
+
+    def _create_groups(self, placement: _core.Placement) -> None:
+        """Groups for gradients, and for what the replicas of a stage tell each other."""
+        self.comm.create_groups([ranks for ranks, _ in placement.gradient_groups])
+        self.comm.create_groups([stage.ranks for stage in placement.stages])
+
+    def _check_holders(self, placement: _core.Placement) -> None:
+        """Refuses a variant in which a rank would need parameters that are elsewhere."""
+        trained = {n: r for n, r in placement.holders.items() if n in self.parameters}
+        beyond = holders_beyond(trained, self.holders.ranks)
+        if beyond:
+            name, ranks = next(iter(beyond.items()))
+            raise PlanError(
+                f"called so, the model needs `{name}` on rank {ranks[0]}, but by the plan only "
+                f"ranks {self.holders.ranks[name]} hold it",
+                hint="wrap the model anew and make its first call in this form, or set "
+                "`partition_num=1`",
+            )
+
+    def _capture(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
+    ) -> tuple[Captured, _core.Graph]:
+        def work() -> tuple[Captured, _core.Graph]:
+            quiet = streams.undisturbed(self.comm.device)
+            with quiet, guards.lifted(), _checkpoints.telling(), capturable_norms():
+                stated = self.output_reduction
+                captured = capture(self.model, args, kwargs, output_reduction=stated)
+                if captured.static_rows not in (None, rows):
+                    whole = _repeat_rows((args, kwargs), captured.static_rows, rows)
+                    captured = capture(self.model, *whole, output_reduction=stated)
+            place_part_norms(captured.module, self.model)
+            if self.dropout is not None:
+                set_dropout(captured.module, enabled=self.dropout)
+            captured.move_to(self.comm.device)
+            return captured, _core.Graph.from_json(captured.graph_json)
+
+        captured, graph = agree(self.comm, "capture the model", work)
+        prints = self.comm.all_gather_objects(graph.fingerprint())
+        if len(set(prints)) > 1:
+            told = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(prints))
+            raise MismatchError(
+                "the ranks were given different models; "
+                f"the fingerprints of their graphs are {told}",
+                hint="build the same model with the same arguments on every rank",
+            )
+        if not graph.splittable and self.comm.rank == 0:
+            logger.warning(
+                "the batch cannot be split, so every step runs as one microbatch on one replica: "
+                "%s. If that belongs to a loss which the model returns, state with the argument "
+                '`output_reduction` of RaNNCModule that it is the "mean" or the "sum" over rows '
+                "of what microbatches give; or have the model return what the loss needs, compute "
+                "it outside, and state how it reduces with `loss_reduction`",
+                graph.unsplittable_reason,
+            )
+        return captured, graph
+
+    def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
+        stages = {
+            index: Stage.build(captured, stage)
+            for index, stage in enumerate(placement.stages)
+            if self.comm.rank in stage.ranks
+        }
+        groups = placement.gradient_groups
+        replicas = {i: placement.stages[i].ranks.index(self.comm.rank) for i in stages}
+        own = streams.Streams(self.comm.device, replicas, captured.draws)
+        executor = Executor(self.comm, stages, graph.values, groups, self.sharding, own)
+        reduction = Reduction.of(executor, placement)
+        talking = synchronized_stages(captured, placement)
+        return Variant(captured, graph, placement, executor, reduction, talking)
+
+    @contextlib.contextmanager
+    def _materialized(self) -> Iterator[None]:
+        """Gives parameters that live elsewhere memory for a capture, which reads their shapes.
+
+        Capture runs the submodules that it cannot look into; for those it gets the values too.
+        """
+        needs_values = self._variants.runs_submodules()
+        for name, parameter in self.parameters.items():
+            if name not in self.holders.ranks:
+                continue
+            full = self.holders.everywhere(name, parameter, parameter) if needs_values else None
+            if not self.holders.is_local(name):
+                elsewhere.bring_back(parameter, full)
+        try:
+            with self.sharding.whole(), self.sharding.shaped(values=needs_values):
+                yield
+        finally:
+            for parameter in self._elsewhere:
+                elsewhere.take_away(parameter)
+
+    def close(self) -> None:
+        """Leaves the other ranks. Local parameters keep their values, and are whole again."""
+        if self.deployed and self.holders.divisions and not self.comm.failed:
+            self._give_back()
+        self.closed = True
+        self._variants.clear()
+        if self.whole_optimizer is not None and self.deployed:
+            self.whole_optimizer.undeploy(self.holders)
+        if self.deployed:
+            self.norm.forget()
+        if self._guards is not None and self.whole_here:
+            self._guards.remove()
+            self.loss_scale.forget()
+        self.comm.close()
+
+    def _give_back(self) -> None:
+        """Makes divided parameters whole, unless another rank has failed or is elsewhere."""
+        try:
+            meet(self.comm, "model.undeploy() or pyrannc.clear()")
+            with self.comm.guard("giving divided parameters back"):
+                self.sharding.give_back(self.holders, self.parameters, self.whole_optimizer)
+        except RaNNCError as problem:  # often while another error is on its way to the user
+            warnings.warn(
+                "the model is undeployed, but its parameters stay this process's parts, as the "
+                f"others could not be had: {problem}",
+                stacklevel=4,
+            )
+
+    @property
+    def whole_here(self) -> bool:
+        """Whether this rank holds all of the model."""
+        return not self._elsewhere and not any(name in self.sharding for name in self.parameters)
+
+
+def _repeat_rows(arguments: Any, rows: int | None, total: int) -> Any:
+    """The same arguments with as many rows as the global batch has, of whatever content.
+
+    For a capture that is valid for one number of rows only.
+    """
+
+    def repeat(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != rows:
+            return tensor
+        repeated = tensor.detach()[torch.arange(total, device=tensor.device) % rows]
+        return repeated.requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map(repeat, arguments)
+
+
+@contextlib.contextmanager
+def _in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Puts every module into one mode and gives each its own back."""
+    modes = {module: module.training for module in model.modules()}
+    if modes[model] == training:
+        yield
+        return
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -332,6 +332,57 @@ def test_the_first_call_may_be_one_that_training_does_not_allow(pools: Pools) ->
     pools.run(2, evaluate_first)
 
 
+class Mixing(nn.Module):
+    """Compares the rows of a batch with each other in one of its modes."""
+
+    def __init__(self, *, in_training: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.in_training = in_training
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        if self.training == self.in_training:
+            x = x * torch.softmax(x, 0)
+        return self.second(x)
+
+
+class MixingInTraining(Mixing):
+    def __init__(self) -> None:
+        super().__init__(in_training=True)
+
+
+class MixingInEvaluation(Mixing):
+    def __init__(self) -> None:
+        super().__init__(in_training=False)
+
+
+def mix_in_one_mode(module: type[Mixing], stages: int, microbatches: int) -> None:
+    for modes in ((True, False, True), (False, True, False)):
+        pair = Pair(module, stages, microbatches)
+        for training in modes:
+            for model in pair.both():
+                model.train(training)
+            pair.check(torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator()))
+        pair.wrapped.undeploy()
+
+
+@pytest.mark.parametrize(
+    ("world", "module", "stages", "microbatches"),
+    [
+        (2, MixingInEvaluation, 1, 2),
+        (2, MixingInEvaluation, 2, 3),
+        (2, MixingInTraining, 2, 1),
+        pytest.param(4, MixingInEvaluation, 2, 2, marks=pytest.mark.slow),
+        pytest.param(4, MixingInEvaluation, 1, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_stays_whole_in_the_mode_that_needs_it(
+    pools: Pools, world: int, module: type[Mixing], stages: int, microbatches: int
+) -> None:
+    pools.run(world, mix_in_one_mode, module, stages, microbatches)
+
+
 def many_lengths() -> None:
     with mock.patch.object(variants, "MOST_VARIANTS", 2), counting() as counts:
         pair = Pair(Tagger, 2, 1)

@@ -145,15 +145,25 @@ pub(crate) fn recomputed(
 
 impl Placement {
     /// Lays stages of operators over ranks.
+    ///
+    /// A plan made for another form of the model may divide a batch that in this form is not to be
+    /// divided: then all rows are one microbatch, on the first replica of each stage.
     pub(crate) fn new(
         graph: &Graph,
         users: &Users,
         mut parts: Vec<StageCandidate>,
         world_size: u32,
-        microbatches: u64,
+        mut microbatches: u64,
         schedule: ScheduleKind,
         known: Option<&Divided>,
     ) -> Self {
+        if !graph.batch().splittable {
+            microbatches = 1;
+            for part in &mut parts {
+                part.shares =
+                    (0..part.ranks.len()).map(|replica| u64::from(replica == 0)).collect();
+            }
+        }
         place_returned_constants(graph, &mut parts);
         let flows = flows(graph, &parts, users);
         let mut stages = placed_stages(graph, parts, &flows);

@@ -97,13 +97,13 @@ pub struct Flow {
 ///
 /// The replicas divide the rows of each microbatch by cumulative rounding: of `n` rows, those before
 /// replica `i` are `n` times the shares before `i` over the sum of all shares, rounded down. So each
-/// replica has its exact part, rounded up or down.
+/// replica has its exact part, rounded up or down. A replica whose share is 0 never has rows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
     /// Its replicas, ascending.
     pub ranks: Vec<RankId>,
-    /// In which proportion the rows of a microbatch are divided among the replicas, a positive number
-    /// for each; equally if empty.
+    /// In which proportion the rows of a microbatch are divided among the replicas, a number for
+    /// each and not all 0; equally if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<u64>,
     /// Whether there is anything to differentiate in it.
@@ -371,9 +371,8 @@ impl Stage {
             let (shares, ranks) = (self.shares.len(), self.ranks.len());
             return Some(format!("it has {shares} shares for {ranks} ranks, needed one for each"));
         }
-        if let Some(index) = self.shares.iter().position(|&share| share == 0) {
-            let rank = self.ranks[index];
-            return Some(format!("the share of rank {rank} is 0, needed at least 1"));
+        if self.shares.iter().all(|&share| share == 0) {
+            return Some("all of its shares are 0, needed at least one that is not".into());
         }
         let sum = self.shares.iter().try_fold(0u64, |sum, &share| sum.checked_add(share));
         sum.is_none().then(|| format!("its shares add up to more than {}", u64::MAX))
@@ -499,7 +498,7 @@ mod tests {
         stage 1: its ranks are not ascending
         stage 1: it is on rank 2, but there are 2 ranks
         stage 0: it has 2 shares for 1 ranks, needed one for each
-        stage 0: the share of rank 0 is 0, needed at least 1
+        stage 0: all of its shares are 0, needed at least one that is not
         stage 0: its shares add up to more than 18446744073709551615
         value 0: it has more than one flow
         value 1: nobody uses it
@@ -521,6 +520,7 @@ mod tests {
         assert_eq!(divide(&[5, 5, 5], 7), [2, 2, 3]);
         assert_eq!(divide(&[4, 2, 1], 14), [8, 4, 2]);
         assert_eq!(divide(&[4, 2, 1], 3), [1, 1, 1]);
+        assert_eq!(divide(&[1, 0, 0], 3), [3, 0, 0]);
         assert_eq!(divide(&[1, u64::MAX - 2, 1], 1 << 40), [0, (1 << 40) - 1, 1]);
     }
 

@@ -1,5 +1,6 @@
 use rannc_cost::{ScheduleKind, Sharding};
-use rannc_graph::{Graph, testing};
+use rannc_graph::{Batch, Graph, testing};
+use rannc_schedule::{Action, Mode};
 
 use crate::{Plan, PlanStage};
 
@@ -44,6 +45,35 @@ fn groups_to_compute_again_reach_their_stage() {
         .map(|stage| stage.iter().map(|group| group.iter().map(|id| id.0).collect()).collect())
         .collect();
     assert_eq!(groups, [vec![vec![0, 1], vec![2]], vec![vec![3, 4]]]);
+}
+
+#[test]
+fn a_form_whose_batch_must_stay_whole_runs_on_one_replica() {
+    let graph = testing::chain(5, 4);
+    let mut plan = plan(&graph, [&[], &[]]);
+    plan.world_size = 3;
+    plan.stages[1].ranks = vec![1, 2];
+    plan.check(&graph, 3).unwrap();
+    let whole = Graph::new(
+        graph.name().into(),
+        Batch { rows: 8, splittable: false, reason: None },
+        graph.values().to_vec(),
+        graph.nodes().to_vec(),
+        graph.inputs().to_vec(),
+        graph.outputs().to_vec(),
+    );
+    for (form, rows) in [(graph, [24, 12, 12]), (whole.unwrap(), [24, 24, 0])] {
+        let placement = plan.place(&form).unwrap();
+        let program = placement.program(vec![8, 8, 8], true, Mode::Training).unwrap();
+        let computed = program.forward.iter().map(|actions| {
+            let computed = actions.iter().map(|action| match action {
+                Action::Forward { rows, .. } => *rows,
+                _ => 0,
+            });
+            computed.sum::<u64>()
+        });
+        assert_eq!(computed.collect::<Vec<_>>(), rows);
+    }
 }
 
 #[test]

@@ -248,14 +248,31 @@ def not_looked_into(what: str) -> RaNNCError:
     )
 
 
+def refuse_jit() -> None:
+    """Stops `torch.jit.trace`, which reads all attributes of a module before it calls it.
+
+    Raises:
+        RaNNCError: when it is this that reads one.
+    """
+    if _asked_by("torch._jit_internal"):
+        raise not_looked_into("torch.jit.trace")
+
+
 def _refuse_fsdp() -> None:
-    frame = sys._getframe(2)
-    for _ in range(4):  # through what `nn.Module` builds on it
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed.fsdp"):
-            raise _wrapped_again("FSDP")
+    if _asked_by("torch.distributed.fsdp"):
+        raise _wrapped_again("FSDP")
+
+
+def _asked_by(package: str) -> bool:
+    """Whether the caller's caller was called from there, maybe by way of `nn.Module`."""
+    frame = sys._getframe(3)
+    for _ in range(4):
+        if str(frame.f_globals.get("__name__")).startswith(package):
+            return True
         if frame.f_back is None:
-            return
+            return False
         frame = frame.f_back
+    return False
 
 
 def _wrapped_again(kind: str) -> RaNNCError:

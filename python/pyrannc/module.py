@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from . import _core, model_state
 from ._stated import reductions_of
-from ._wrapper import Wrapper, check_arguments, check_placement
+from ._wrapper import Wrapper, check_arguments, check_placement, refuse_jit
 from .accumulation import Accumulation
 from .comm import ensure_process_group, get_rank, get_world_size
 from .config import Config
@@ -389,6 +389,7 @@ class RaNNCModule(Wrapper):
 
     def _needs_deployment(self, what: str) -> None:
         if not self._runtime.deployed:
+            refuse_jit()
             raise RaNNCError(
                 f"`{what}` needs a plan, and planning waits for the first batch",
                 hint="call the model once before",

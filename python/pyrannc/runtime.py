@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from . import _core, _slices, hooks, streams
 from ._core import Slot
@@ -68,7 +69,7 @@ class Runtime(Deployment):
                 "the model was undeployed: its connections to the other ranks are closed",
                 hint="call undeploy() or clear() after the last step, or wrap a model anew",
             )
-        _refuse_transforms()
+        _refuse_transforms(args, kwargs)
         signature, arrival = self._arrive(args, kwargs)
         with torch.inference_mode(mode=False):  # what lasts must be usable in training
             if not self.deployed:
@@ -233,7 +234,7 @@ class Runtime(Deployment):
                 parameter.grad.add_(gradient)
 
 
-def _refuse_transforms() -> None:
+def _refuse_transforms(*arguments: Any) -> None:
     """Says what cannot see through the pipeline, before it does something else silently."""
     transform = None
     if torch._C._get_tracing_state() is not None:
@@ -242,6 +243,8 @@ def _refuse_transforms() -> None:
         transform = "torch.export"
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         transform = "torch.func"
+    elif any(isinstance(leaf, torch.fx.Proxy) for leaf in pytree.tree_leaves(arguments)):
+        transform = "torch.fx"
     if transform is not None:
         raise not_looked_into(transform)
 

@@ -41,10 +41,14 @@ def refused(call: Callable[[], object], found: str, remedy: str) -> None:
     assert remedy in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
 def test_what_would_look_into_it(wrapped: Any) -> None:
     x, bare = batch(), "give it the bare model"
     refused(lambda: torch.jit.script(wrapped), "`torch.jit.script` cannot look into", bare)
+    refused(lambda: torch.jit.trace(wrapped, (x,)), "`torch.jit.trace` cannot look into", bare)
+    refused(lambda: torch.fx.symbolic_trace(wrapped), "`torch.fx` cannot look into", bare)
+    holding = nn.Sequential(wrapped)
+    refused(lambda: torch.fx.symbolic_trace(holding), "`torch.fx` cannot look into", bare)
     refused(lambda: torch.export.export(wrapped, (x,)), "`torch.export` cannot look into", bare)
     refused(lambda: torch.func.vmap(wrapped)(x), "`torch.func` cannot look into", bare)
     with pytest.raises(Exception, match="to export a model, take the bare one"):

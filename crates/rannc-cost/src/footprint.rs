@@ -132,10 +132,13 @@ impl<'a> Walk<'a> {
         values.into_iter().map(|value| self.bytes(value)).fold(0, u64::saturating_add)
     }
 
-    /// The memory that an operator touches, each once, results first.
+    /// The memory that an operator touches, each once, what its backward rather looks at first.
     fn touched(&self, node: &Node) -> Vec<ValueId> {
+        let (outputs, inputs) = (&node.outputs, &node.inputs);
+        let (first, second) =
+            if keeps_results(node) { (outputs, inputs) } else { (inputs, outputs) };
         let mut found = Vec::new();
-        for &value in node.outputs.iter().chain(&node.inputs) {
+        for &value in first.iter().chain(second) {
             let storage = self.storage(value);
             if !found.contains(&storage) && self.bytes(storage) > 0 {
                 found.push(storage);
@@ -373,6 +376,29 @@ struct Backward {
     trained: std::collections::BTreeSet<ValueId>,
 }
 
+/// Whether an operator's backward looks at its results instead of its operands: the ones whose formulas in
+/// PyTorch's `derivatives.yaml` name `result`, or `output`, and no operand.
+fn keeps_results(node: &Node) -> bool {
+    const KEEPING: [&str; 14] = [
+        "relu",
+        "relu_",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "softmax",
+        "_softmax",
+        "log_softmax",
+        "_log_softmax",
+        "exp",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+    ];
+    let name = node.op.split('.').nth(1).unwrap_or_default();
+    KEEPING.contains(&name)
+}
+
 /// Whether an operator's operands get the very gradient of its result.
 fn hands_on(node: &Node) -> bool {
     !node.aliases.is_empty() || node.op.starts_with("aten.add.")
@@ -396,7 +422,7 @@ mod tests {
         let (activation, weight) = (2 * 8 * 4, 8 * 8 * 4);
         let found = whole(&graph, &[]);
         assert_eq!(found.gradients, 4 * weight);
-        // Operators of the test save their results.
+        // Each operator of the test saves as much as it is given.
         assert_eq!(found.saved, 4 * activation);
         assert_eq!(found.forward, 5 * activation);
         // At the end all of the parameters' gradients, the last saved value, and the gradient of

@@ -124,7 +124,7 @@ pub fn assign(
     wanted: &BTreeMap<&str, usize>,
     num_stages: usize,
 ) -> Vec<FixedBitSet> {
-    let atoms = Atoms::new(graph);
+    let (atoms, batch_nodes) = (Atoms::new(graph), graph.batch_nodes());
     let last = num_stages.max(1) - 1;
     let wish = |id: NodeId| wanted.get(graph.node(id).key.as_str()).map(|&stage| stage.min(last));
     let mut homes: Vec<Vec<usize>> = vec![Vec::new(); graph.values().len()];
@@ -143,9 +143,14 @@ pub fn assign(
     let mut stages: Vec<Vec<usize>> = vec![Vec::new(); last + 1];
     for (atom, sources) in sources.iter().enumerate() {
         let earliest = sources.iter().map(|&source| stage_of[source]).max().unwrap_or(0);
-        let members = atoms.members(atom).iter();
-        let wishes = members
-            .filter_map(|&id| wish(id).or_else(|| adopted(graph, id, &homes, wanted, earliest)));
+        let members = atoms.members(atom);
+        let known = members.iter().any(|&id| wish(id).is_some());
+        let wishes = members.iter().filter_map(|&id| match wish(id) {
+            // What runs but once for all rows is in no plan, and follows what it is pinned to.
+            None if known && !batch_nodes.contains(id.index()) => None,
+            None => adopted(graph, id, &homes, wanted, earliest),
+            found => found,
+        });
         let stage = wishes.max().unwrap_or(0).clamp(earliest, last);
         stage_of.push(stage);
         stages[stage].push(atom);

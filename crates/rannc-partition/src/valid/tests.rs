@@ -68,6 +68,21 @@ fn unknown_operators_follow_their_parameters() {
 }
 
 #[test]
+fn what_a_known_operator_takes_along_does_not_move_it() {
+    // Nothing else touches what `flip` writes to, so it is pinned to the first operator.
+    let graph = graph(
+        &[
+            ("first/op", "x", "p", "", ""),
+            ("/flip", "b", "n", "b", "b"),
+            ("/second", "p", "q", "", ""),
+        ],
+        "q",
+    );
+    let wanted = BTreeMap::from([("first/op", 0), ("/second", 1)]);
+    assert_eq!(assign(&graph, &wanted, 2), stages(&graph, &[&[0, 1], &[2]]));
+}
+
+#[test]
 fn other_numbers_of_stages_are_possible() {
     let graph = testing::chain(3, 4);
     let wanted = BTreeMap::from([("layer0/op#0", 7), ("layer1/op#0", 0)]);

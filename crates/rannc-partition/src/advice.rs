@@ -31,11 +31,13 @@ impl Search<'_, '_> {
     /// The error that says why these blocks fit nowhere, and what would help.
     pub(crate) fn does_not_fit(&self, cut: &Cut) -> PartitionError {
         let limit_bytes = self.limits.iter().copied().max().unwrap_or_default();
-        self.priced.set(0);
+        // Half of the time is for each, so that there is some advice however large the model is.
+        self.priced.set(MOST_PRICED / 2);
         let Some(fitting) = self.least_memory(cut, limit_bytes) else {
             let problem = "no number of stages, replicas and microbatches is possible".to_owned();
             return PartitionError::Options { problem };
         };
+        self.priced.set(MOST_PRICED / 2);
         let remedies = self.remedies(cut, &fitting);
         let Fitting { needed_bytes, stage } = fitting;
         PartitionError::DoesNotFit { needed_bytes, limit_bytes, stage, remedies }
@@ -43,6 +45,10 @@ impl Search<'_, '_> {
 
     fn remedies(&self, cut: &Cut, fitting: &Fitting) -> Vec<Remedy> {
         let mut remedies = Vec::new();
+        let limit = fitting.needed_bytes;
+        let mut search = self.changed(self.cluster, self.options);
+        search.limits.fill(limit);
+        let memory = search.finds(); // first, as it is the likeliest to be found in time
         let tried = |change: &dyn Fn(&mut Options)| {
             let mut options = self.options.clone();
             change(&mut options);
@@ -58,10 +64,7 @@ impl Search<'_, '_> {
             .find(|&level| tried(&|options| options.sharding = level));
         remedies.extend(level.map(Remedy::Sharding));
         remedies.extend(self.enough_devices(cut).map(Remedy::Devices));
-        let limit = fitting.needed_bytes;
-        let mut search = self.changed(self.cluster, self.options);
-        search.limits.fill(limit);
-        if search.finds() {
+        if memory {
             remedies.push(Remedy::Memory(limit));
         }
         let mut fewer_rows = self.options.batch_rows / 2;

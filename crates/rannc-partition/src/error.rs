@@ -184,6 +184,12 @@ impl PartitionError {
                  mixes the rows of its batch"
                     .into()
             }
+            Self::DoesNotFit { remedies, .. } if remedies.is_empty() => {
+                "use more devices, let each use more memory, take a smaller batch, or allow more: \
+                 recomputing, sharding, other numbers of stages; in the time for it no such change \
+                 alone was found to be enough"
+                    .into()
+            }
             Self::DoesNotFit { remedies, .. } => {
                 let remedies: Vec<String> = remedies.iter().map(Remedy::to_string).collect();
                 format!("any of these would do: {}", remedies.join("; "))

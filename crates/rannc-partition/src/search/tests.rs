@@ -64,6 +64,14 @@ fn models_larger_than_a_device_become_a_pipeline() {
 }
 
 #[test]
+fn there_is_a_hint_without_a_remedy() {
+    let remedies = Vec::new();
+    let (needed_bytes, limit_bytes, stage) = (2, 1, "stage 1 of 1".to_owned());
+    let error = PartitionError::DoesNotFit { needed_bytes, limit_bytes, stage, remedies };
+    assert!(error.help().unwrap().starts_with("use more devices, let each use more memory"));
+}
+
+#[test]
 fn what_is_forced_is_honoured() {
     let graph = testing::chain(12, 256);
     let mut options = Options::new(64, 8, 8 * GIB);

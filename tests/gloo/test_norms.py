@@ -83,7 +83,8 @@ def clip_with_rannc(name: str, setup: Setup, *, frozen: bool, way: str, folder: 
         else:  # as Lightning does
             held = [p for group in optimizer.param_groups for p in group["params"]]
             norm = clip_grad_norm_(held, MAX_NORM, norm_type)
-        assert first == norm
+        # Where each process has all gradients PyTorch adds up their norms itself, in its own order.
+        torch.testing.assert_close(first, norm, rtol=1e-14, atol=0)
         assert torch.isclose(wrapped.calc_grad_norm(norm_type), torch.tensor(MAX_NORM).double())
         clipped.norms.append(norm.item())
         names = [key for key, _ in wrapped.named_parameters(from_global=True)]

@@ -17,14 +17,10 @@ Layout = tuple[tuple[int, ...], ...]
 """The ranks of each stage."""
 
 
-def config(stages: int, microbatches: int = 2, timeout_s: float = 40) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=timeout_s,
-    )
+def config(stages: int, microbatches: int = 2, **items: Any) -> pyrannc.Config:
+    """Settings that force a number of stages and of microbatches, and others if given."""
+    given = {"measure": False, "profile_cache_dir": "off", "timeout_s": 40, **items}
+    return pyrannc.Config(partition_num=stages, pipeline_num=microbatches, **given)
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,21 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyrannc
+from tests.gloo.layouts import config, share
 
 if TYPE_CHECKING:
     from tests.gloo.pool import Pools
 
 pytestmark = [pytest.mark.gloo]
-
-
-def config(stages: int, microbatches: int = 2) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=40,
-    )
 
 
 class Two(nn.Module):
@@ -51,10 +42,6 @@ def make(seed: int = 0) -> Two:
     return Two().double()
 
 
-def mine(x: torch.Tensor) -> torch.Tensor:
-    return x.chunk(pyrannc.get_world_size())[pyrannc.get_rank()]
-
-
 def batch(rows: int = 8) -> torch.Tensor:
     return torch.randn(rows, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -68,7 +55,7 @@ def use_parameters() -> None:
     assert len(list(wrapped.parameters())) == 5
     with pytest.raises(pyrannc.RaNNCError, match="needs a plan"):
         _ = wrapped.deployment
-    wrapped(mine(batch())).sum().backward()
+    wrapped(share(batch())).sum().backward()
     everywhere = dict(wrapped.named_parameters(from_global=True))
     local = dict(wrapped.named_parameters())
     assert list(everywhere) == [name for name, _ in model.named_parameters()]
@@ -107,7 +94,7 @@ def round_trip(folder: str) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped = pyrannc.RaNNCModule(model, optimizer, config=config(2))
     assert len(wrapped.state_dict()) == 6  # the bare model's, before the first call
-    wrapped(mine(batch())).sum().backward()
+    wrapped(share(batch())).sum().backward()
     optimizer.step()
     state = wrapped.state_dict()
     if pyrannc.get_rank() == 0:
@@ -118,8 +105,8 @@ def round_trip(folder: str) -> dict[str, Any]:
     saved = torch.load(Path(folder) / "state.pt")
     other = pyrannc.RaNNCModule(make(5), config=config(1))
     with torch.inference_mode():
-        other(mine(batch()))
-    other(mine(batch())).sum().backward()
+        other(share(batch()))
+    other(share(batch())).sum().backward()
     other.load_state_dict(saved)
     for name in saved:
         if name != "shift":
@@ -142,17 +129,17 @@ def switch_modes() -> None:
     model = make()
     wrapped = pyrannc.RaNNCModule(model, config=config(2))
     bare = make()
-    wrapped(mine(batch())).sum().backward()
+    wrapped(share(batch())).sum().backward()
     plan = wrapped.deployment
     wrapped.eval()
     bare.eval()
     for rows in (8, 6, 2):
         with torch.inference_mode() if rows == 6 else torch.no_grad():
-            output = wrapped(mine(batch(rows)))
+            output = wrapped(share(batch(rows)))
         assert not output.requires_grad
-        torch.testing.assert_close(output, mine(bare(batch(rows))), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(output, share(bare(batch(rows))), rtol=1e-12, atol=1e-12)
     wrapped.train()
-    first, second = wrapped(mine(batch())), wrapped(mine(batch()))
+    first, second = wrapped(share(batch())), wrapped(share(batch()))
     assert not torch.equal(first, second)  # dropout again
     assert wrapped.deployment is plan
     (first.sum() + second.sum()).backward()
@@ -172,8 +159,8 @@ def pass_gradients(reduction: str) -> None:
     gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     rows = slice(0, 4) if pyrannc.get_rank() == 0 else slice(4, 6)
     wrapped(x[rows]).backward(gradient[rows])
-    share = torch.tensor([4 / 6] * 4 + [2 / 6] * 2, dtype=torch.float64)[:, None]
-    bare(x).backward(gradient * share if reduction == "mean" else gradient)
+    shares = torch.tensor([4 / 6] * 4 + [2 / 6] * 2, dtype=torch.float64)[:, None]
+    bare(x).backward(gradient * shares if reduction == "mean" else gradient)
     for name, parameter in bare.named_parameters():
         torch.testing.assert_close(
             wrapped.get_param_grad(name), parameter.grad, rtol=1e-12, atol=1e-12
@@ -208,7 +195,7 @@ def optimize(name: str) -> None:
     theirs, ours = kind(groups(bare), **options), kind(groups(model), **options)
     wrapped = pyrannc.RaNNCModule(model, ours, config=config(2))
     for _ in range(3):
-        for module, optimizer, x in ((bare, theirs, batch()), (wrapped, ours, mine(batch()))):
+        for module, optimizer, x in ((bare, theirs, batch()), (wrapped, ours, share(batch()))):
             optimizer.zero_grad()
             module(x).pow(2).mean().backward()
             optimizer.step()
@@ -224,7 +211,7 @@ def test_any_optimizer(pools: Pools, name: str) -> None:
 
 def save_and_show(path: str) -> str:
     wrapped = pyrannc.RaNNCModule(make(), config=config(2))
-    wrapped(mine(batch()))
+    wrapped(share(batch()))
     wrapped.save_deployment(path)
     with pytest.raises(pyrannc.DeploymentError, match="cannot write"):
         wrapped.save_deployment("/nowhere/deployment.json")
@@ -232,7 +219,7 @@ def save_and_show(path: str) -> str:
     with redirect_stdout(printed):
         pyrannc.show_deployment(path, 16)
     again = pyrannc.RaNNCModule(make(), load_deployment=path, config=config(0))
-    again(mine(batch()))
+    again(share(batch()))
     assert str(again.deployment) == str(wrapped.deployment)
     pyrannc.clear()
     return printed.getvalue()
@@ -324,10 +311,10 @@ def evaluate_stubborn() -> None:
     bare = Stubborn().double().eval()
     torch.manual_seed(0)
     wrapped = pyrannc.RaNNCModule(Stubborn().double(), config=config(2))
-    wrapped(mine(batch())).sum().backward()
+    wrapped(share(batch())).sum().backward()
     wrapped.eval()
-    ours, theirs = wrapped(mine(batch())), bare(batch())
-    torch.testing.assert_close(ours, mine(theirs), rtol=1e-12, atol=1e-12)
+    ours, theirs = wrapped(share(batch())), bare(batch())
+    torch.testing.assert_close(ours, share(theirs), rtol=1e-12, atol=1e-12)
     wrapped.undeploy()
 
 

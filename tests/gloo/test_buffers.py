@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pyrannc
 from pyrannc.companions import companions
+from tests.gloo.layouts import config
 from tests.gloo.pool import Failure
 
 if TYPE_CHECKING:
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gloo]
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 Ranks = tuple[tuple[int, ...], ...]
-
-
-def config(stages: int, microbatches: int) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=40,
-    )
 
 
 class First(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyrannc
+from tests.gloo.layouts import config, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.gloo]
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def config(stages: int, microbatches: int) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=40,
-    )
 
 
 def masked_mean(logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,10 +91,6 @@ def batch(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def local(whole: Tensor) -> Tensor:
-    return whole.tensor_split(pyrannc.get_world_size())[pyrannc.get_rank()]
-
-
 def same_gradients(wrapped: Any, bare: nn.Module) -> None:
     for name, parameter in bare.named_parameters():
         torch.testing.assert_close(wrapped.get_param_grad(name), parameter.grad, **EXACT)
@@ -121,7 +108,7 @@ def returned(names: list[str], stages: int, microbatches: int) -> list[bool]:
             tokens, labels = batch(rows, rows)
             bare.zero_grad()
             wrapped.zero_grad()
-            expected, given = bare(tokens, labels), wrapped(local(tokens), local(labels))
+            expected, given = bare(tokens, labels), wrapped(share(tokens), share(labels))
             torch.testing.assert_close(given, expected, **EXACT)
             (3 * expected).backward()
             (3 * given).backward()
@@ -158,14 +145,14 @@ def outside(stages: int) -> None:
         labels[rows // 2 + 1 :] = -1  # the last process has few, or none
         bare.zero_grad()
         wrapped.zero_grad()
-        own = local(labels)
+        own = share(labels)
         expected = F.cross_entropy(bare(tokens).transpose(1, 2), labels, ignore_index=-1)
-        given = F.cross_entropy(wrapped(local(tokens)).transpose(1, 2), own, ignore_index=-1)
-        share = wrapped.set_loss_weight((own >= 0).sum())
+        given = F.cross_entropy(wrapped(share(tokens)).transpose(1, 2), own, ignore_index=-1)
+        weight = wrapped.set_loss_weight((own >= 0).sum())
         expected.backward()
         given.backward()
         same_gradients(wrapped, bare)
-        counted = given.detach() * share if share else torch.zeros_like(given)
+        counted = given.detach() * weight if weight else torch.zeros_like(given)
         total = wrapped._runtime.comm.all_reduce(counted.clone().detach())
         torch.testing.assert_close(total, expected.detach(), **EXACT)
     with pytest.raises(pyrannc.RaNNCError, match="needed numbers of at least 0"):
@@ -202,7 +189,7 @@ def twice(stages: int) -> None:
     bare = Scored(None).double()
     wrapped: Any = pyrannc.RaNNCModule(Scored(None).double(), config=config(stages, 2))
     batches = [batch(8, 1), batch(5, 2)]
-    parts = [(local(tokens), local(labels)) for tokens, labels in batches]
+    parts = [(share(tokens), share(labels)) for tokens, labels in batches]
     expected, _ = local_mean([summed(bare(x), y) for x, y in batches], [y for _, y in batches])
     given, counted = local_mean([summed(wrapped(x), y) for x, y in parts], [y for _, y in parts])
     wrapped.set_loss_weight(counted)
@@ -242,7 +229,7 @@ def chained(stages: int, first_reduction: str) -> None:
         both = step == 1 and first_reduction == "mean"
         for make, judge, rows, targets in (
             (*bare, x, labels),
-            (*wrapped, local(x), local(labels)),
+            (*wrapped, share(x), share(labels)),
         ):
             made = make(rows)
             loss = F.cross_entropy(judge(made), targets, ignore_index=-1)
@@ -304,10 +291,10 @@ def stated_by_hand(
     """Of what can be told that of all rows, of the rest the mean or sum of the parts."""
     total = 0.5 * masked_mean(model(tokens, labels)["logits"], labels)
     for rows in parts:
-        share = len(rows) / len(tokens)
+        weight = len(rows) / len(tokens)
         outputs = model(tokens[rows], labels[rows])
         mean = 0.05 * imbalance(outputs["logits"]) + outputs["parts"][1]
-        total = total + share * mean + 0.01 * outputs["parts"][0]
+        total = total + weight * mean + 0.01 * outputs["parts"][0]
     return total
 
 
@@ -332,7 +319,7 @@ def state_reductions(stages: int, microbatches: int) -> None:
         bare.zero_grad()
         wrapped.zero_grad()
         expected = stated_by_hand(bare, tokens, labels, parts)
-        outputs = wrapped(local(tokens), local(labels))
+        outputs = wrapped(share(tokens), share(labels))
         given = 0.5 * outputs["loss"] + outputs["parts"][1] + 0.01 * outputs["parts"][0]
         torch.testing.assert_close(given, expected, **EXACT)
         expected.backward()

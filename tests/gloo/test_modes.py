@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import pyrannc
 from pyrannc import deployment, planning, variants
 from pyrannc.executor import Executor, Step
+from tests.gloo.layouts import config, share
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.gloo]
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def config(stages: int, microbatches: int) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=40,
-    )
 
 
 class Tagger(nn.Module):
@@ -84,10 +75,6 @@ def counting() -> Iterator[Counts]:
         yield counts
 
 
-def mine(x: Tensor) -> Tensor:
-    return x.tensor_split(pyrannc.get_world_size())[pyrannc.get_rank()]
-
-
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 11, (rows, length), generator=generator)
@@ -121,9 +108,9 @@ class Pair:
         self.bare.zero_grad()
         self.wrapped.zero_grad()
         expected = self.bare(*args)
-        given = self.wrapped(*(mine(tensor) for tensor in args))
+        given = self.wrapped(*(share(tensor) for tensor in args))
         for ours, theirs in zip(_listed(given), _listed(expected), strict=True):
-            torch.testing.assert_close(ours, mine(theirs), **EXACT)
+            torch.testing.assert_close(ours, share(theirs), **EXACT)
         if not torch.is_grad_enabled():
             assert not any(tensor.requires_grad for tensor in _listed(given))
             return
@@ -214,14 +201,14 @@ def disagree(change: str) -> None:
     model = make()
     wrapped = pyrannc.RaNNCModule(model, config=config(2, 1))
     calm(wrapped)
-    wrapped(mine(tokens(4, 5)))
+    wrapped(share(tokens(4, 5)))
     if pyrannc.get_rank() == 1:
         if change == "mode":
             model.body.train(mode=False)
         else:
             model.head.requires_grad_(requires_grad=False)
     try:
-        wrapped(mine(tokens(4, 5)))
+        wrapped(share(tokens(4, 5)))
     finally:
         wrapped.undeploy()
 
@@ -244,13 +231,13 @@ def without_dropout() -> None:
     pair.wrapped.enable_dropout(False)
     pair.check(tokens(8, 5))
     pair.wrapped.enable_dropout(True)
-    noisy = pair.wrapped(mine(tokens(8, 5)))[0]
-    assert not torch.allclose(noisy, mine(pair.bare(tokens(8, 5))[0]))
+    noisy = pair.wrapped(share(tokens(8, 5)))[0]
+    assert not torch.allclose(noisy, share(pair.bare(tokens(8, 5))[0]))
     for model in pair.both():
         model.eval()
     pair.check(tokens(8, 5))
     pair.wrapped.enable_dropout(True)
-    assert not torch.allclose(pair.wrapped(mine(tokens(8, 5))), mine(pair.bare(tokens(8, 5))))
+    assert not torch.allclose(pair.wrapped(share(tokens(8, 5))), share(pair.bare(tokens(8, 5))))
     pair.wrapped.undeploy()
 
 
@@ -322,7 +309,7 @@ def evaluate_first() -> None:
     assert counts.plans == 1
     for model in pair.both():
         model.train()
-    loss = pair.wrapped(mine(x), mine(y))
+    loss = pair.wrapped(share(x), share(y))
     torch.testing.assert_close(loss, pair.bare(x, y), **EXACT)
     loss.backward()
     pair.wrapped.undeploy()

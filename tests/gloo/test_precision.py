@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pyrannc
-from tests.gloo.layouts import deployment
+from tests.gloo.layouts import Layout, config, deployment, share
 from tests.gloo.test_equivalence import ROWS
 from tests.gloo.training import Setup, global_batch, local_batch, wrap
 from tests.models import case
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.gloo]
 
-Layout = tuple[tuple[int, ...], ...]
 Gradients = dict[str, torch.Tensor | None]
 
 KINDS = ("autocast", "parameters")
@@ -169,21 +168,6 @@ def make(model: Callable[[], nn.Module]) -> nn.Module:
     return model()
 
 
-def config(stages: int, microbatches: int, schedule: str) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        schedule=schedule,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=40,
-    )
-
-
-def mine(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.chunk(pyrannc.get_world_size())[pyrannc.get_rank()]
-
-
 def islands(schedule: str, kind: str) -> None:
     """Regions inside the model keep their types, forward and backward."""
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
@@ -191,9 +175,9 @@ def islands(schedule: str, kind: str) -> None:
     with around(kind):
         theirs = plain(x)
     theirs.backward()
-    wrapped = pyrannc.RaNNCModule(make(Islands), config=config(2, 1, schedule))
+    wrapped = pyrannc.RaNNCModule(make(Islands), config=config(2, 1, schedule=schedule))
     with around(kind):
-        ours = wrapped(mine(x))
+        ours = wrapped(share(x))
     ours.backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     for name, parameter in plain.named_parameters():
@@ -295,7 +279,7 @@ def train_scaled(model: nn.Module, optimizer: torch.optim.Optimizer, way: Way) -
     scaled = Scaled()
     for step in range(len(SIZES)):
         optimizer.zero_grad()
-        x = mine(half_batch(step)) if wrapped else half_batch(step)
+        x = share(half_batch(step)) if wrapped else half_batch(step)
         for part in range(2 if way.accumulated else 1):
             delayed = model.no_sync() if wrapped and way.accumulated and part == 0 else None
             with delayed or contextlib.nullcontext():
@@ -336,12 +320,12 @@ def scaled_with_rannc(way: Way, folder: str) -> Scaled:
     make_model = functools.partial(make, functools.partial(Half, frozen=way.frozen))
     model = make_model()
     optimizer = OPTIMIZERS[way.optimizer](model.parameters())
-    settings = config(way.stages, way.microbatches, way.schedule)
+    settings = config(way.stages, way.microbatches, schedule=way.schedule)
     planned = None
     if way.sharding in ("gradients", "parameters"):
         layout = way.layout(pyrannc.get_world_size())
         with torch.autocast("cpu", torch.float16):
-            batch = mine(half_batch(0))
+            batch = share(half_batch(0))
             planned = deployment(
                 make_model, (batch,), layout, folder, way.microbatches, way.sharding
             )
@@ -415,10 +399,10 @@ def test_one_scale_on_all_ranks(pools: Pools, world: int, way: Way, tmp_path: Pa
 def unscale_too_early() -> None:
     model = make(Half)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    wrapped = pyrannc.RaNNCModule(model, optimizer, config=config(1, 1, "auto"))
+    wrapped = pyrannc.RaNNCModule(model, optimizer, config=config(1, 1, schedule="auto"))
     scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE)
     with wrapped.no_sync(), torch.autocast("cpu", torch.float16):
-        loss = wrapped(mine(half_batch(0)))
+        loss = wrapped(share(half_batch(0)))
     scaler.scale(loss).backward()
     for call in (scaler.unscale_, scaler.step):
         with pytest.raises(pyrannc.RaNNCError, match=r"not been added up yet\n.*allreduce_grads"):
@@ -436,10 +420,10 @@ def test_a_scaler_needs_all_gradients(pools: Pools) -> None:
 def unscale_on_some_ranks() -> None:
     model = make(Half)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    wrapped = pyrannc.RaNNCModule(model, optimizer, config=config(1, 1, "auto"))
+    wrapped = pyrannc.RaNNCModule(model, optimizer, config=config(1, 1, schedule="auto"))
     scaler = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE)
     with torch.autocast("cpu", torch.float16):
-        scaler.scale(wrapped(mine(half_batch(0)))).backward()
+        scaler.scale(wrapped(share(half_batch(0)))).backward()
     told = r"(?s)rank 0: scaler\.unscale_\(optimizer\).*rank 1: clip_grad_norm"
     first = pyrannc.get_rank() == 0
     call: Any = functools.partial(scaler.unscale_, optimizer)

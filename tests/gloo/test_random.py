@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyrannc
+from tests.gloo.layouts import config
 from tests.gloo.training import Setup, train_with_rannc
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gloo]
 
 WIDTH = 64
-
-
-def config(stages: int, microbatches: int = 2, **items: Any) -> pyrannc.Config:
-    given = {"measure": False, "profile_cache_dir": "off", **items}
-    return pyrannc.Config(partition_num=stages, pipeline_num=microbatches, timeout_s=40, **given)
 
 
 class Masks(nn.Module):

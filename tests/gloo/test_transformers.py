@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = [pytest.mark.gloo, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.gloo, pytest.mark.timeout(240)]
 
 ROWS, LENGTH, WORDS = 6, 12, 50
 
@@ -159,7 +159,7 @@ def train(name: str) -> None:
     ["gpt2", "bert", pytest.param("switch", marks=pytest.mark.slow)],
 )
 def test_a_model_of_transformers_trains_in_two_stages(pools: Pools, name: str) -> None:
-    pools.run(2, train, name, seconds=100)
+    pools.run(2, train, name, seconds=200)
 
 
 def balance_as_one() -> None:
@@ -194,7 +194,7 @@ def balance_parts(stages: int, parts: list[list[int]], reduction: Any) -> None:
 
 
 def test_a_balance_of_experts_without_a_statement(pools: Pools) -> None:
-    pools.run(2, balance_as_one, seconds=100)
+    pools.run(2, balance_as_one, seconds=200)
 
 
 @pytest.mark.parametrize(
@@ -209,4 +209,4 @@ def test_a_balance_of_experts_without_a_statement(pools: Pools) -> None:
 def test_a_balance_of_experts_of_parts(
     pools: Pools, stages: int, parts: list[list[int]], reduction: Any
 ) -> None:
-    pools.run(2, balance_parts, stages, parts, reduction, seconds=100)
+    pools.run(2, balance_parts, stages, parts, reduction, seconds=200)

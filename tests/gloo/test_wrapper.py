@@ -16,6 +16,7 @@ from torch import nn
 
 import pyrannc
 from pyrannc import RaNNCError, RaNNCModule
+from tests.gloo.layouts import config, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
     from tests.gloo.pool import Pools
 
 pytestmark = [pytest.mark.gloo]
-
-
-def config(stages: int, microbatches: int = 2) -> pyrannc.Config:
-    return pyrannc.Config(
-        partition_num=stages,
-        pipeline_num=microbatches,
-        measure=False,
-        profile_cache_dir="off",
-        timeout_s=40,
-    )
 
 
 class Net(nn.Module):
@@ -59,10 +50,6 @@ def make(seed: int = 0) -> Net:
     return Net().double()
 
 
-def mine(x: torch.Tensor) -> torch.Tensor:
-    return x.chunk(pyrannc.get_world_size())[pyrannc.get_rank()]
-
-
 def batch(rows: int = 8, seed: int = 3) -> torch.Tensor:
     return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -70,7 +57,7 @@ def batch(rows: int = 8, seed: int = 3) -> torch.Tensor:
 def deployed(stages: int) -> tuple[Net, RaNNCModule]:
     model = make()
     wrapped = RaNNCModule(model, config=config(stages))
-    wrapped(mine(batch())).sum().backward()
+    wrapped(share(batch())).sum().backward()
     wrapped.zero_grad()
     return model, wrapped
 
@@ -106,9 +93,9 @@ def go_past_the_wrapper() -> None:
     assert "held by other ranks" in repr(there.weight)
     hash(there.weight)
     wrapped.eval()
-    wrapped(mine(batch())).sum().backward()  # captured again, with all shapes at hand
+    wrapped(share(batch())).sum().backward()  # captured again, with all shapes at hand
     expected = make()(batch())
-    torch.testing.assert_close(wrapped(mine(batch())), mine(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(wrapped(share(batch())), share(expected), rtol=1e-12, atol=1e-12)
     wrapped.undeploy()
 
 
@@ -129,7 +116,7 @@ def call_on_replicas() -> None:
     wrapped.undeploy()
     model(batch()).sum().backward()
     again = RaNNCModule(model, config=config(1))
-    again(mine(batch()))
+    again(share(batch()))
     pyrannc.clear()
 
 
@@ -149,20 +136,20 @@ def set_attributes() -> None:
     bare = make()
     for scale in (2.0, 3.0, 2.0):
         wrapped.scale = bare.scale = scale
-        wrapped(mine(batch()))
-        found, expected = wrapped(mine(batch())), bare(batch())
-        torch.testing.assert_close(found, mine(expected), rtol=1e-12, atol=1e-12)
+        wrapped(share(batch()))
+        found, expected = wrapped(share(batch())), bare(batch())
+        torch.testing.assert_close(found, share(expected), rtol=1e-12, atol=1e-12)
     model.scale = 1.5 + pyrannc.get_rank()
     with pytest.raises(pyrannc.MismatchError, match="attributes and hooks"):
-        wrapped(mine(batch()))
+        wrapped(share(batch()))
     model.scale = 2.0
     with pytest.raises(RaNNCError, match="`last` cannot be set"):
         wrapped.last = nn.Linear(6, 4)
     kept, model.last = model.last, nn.Linear(6, 4).double()
     with pytest.raises(RaNNCError, match="submodules or parameters of `the model` were replaced"):
-        wrapped(mine(batch()))
+        wrapped(share(batch()))
     model.last = kept
-    wrapped(mine(batch()))
+    wrapped(share(batch()))
     with pytest.raises(AttributeError):
         _ = wrapped.absent
     assert getattr(wrapped, "module", wrapped) is wrapped
@@ -194,7 +181,7 @@ def move() -> None:
     model = make().float()
     wrapped = RaNNCModule(model, config=config(2))
     wrapped.double()  # before the first call
-    wrapped(mine(batch())).sum().backward()
+    wrapped(share(batch())).sum().backward()
     assert wrapped.to("cpu") is wrapped
     assert wrapped.double() is wrapped
     assert wrapped.cpu() is wrapped
@@ -215,7 +202,7 @@ def test_placed_parameters_stay(pools: Pools) -> None:
 
 def refuse() -> None:
     _, wrapped = deployed(2)
-    x = mine(batch())
+    x = share(batch())
     other = RaNNCModule(make(), config=config(1))  # before its first call, too
     for module in (wrapped, other):
         for copied in (copy.deepcopy, pickle.dumps):
@@ -254,7 +241,7 @@ def test_what_cannot_work_says_what_to_do(pools: Pools) -> None:
 
 def differentiate() -> None:
     _, wrapped = deployed(2)
-    x = mine(batch()).requires_grad_()
+    x = share(batch()).requires_grad_()
     loss = wrapped(x).square().sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RaNNCError, match="backward was called twice"):
@@ -265,8 +252,8 @@ def differentiate() -> None:
         assert torch.equal(parameter.grad, gradient)  # only those that were asked for
     bare, whole = make(), batch().requires_grad_()
     (expected,) = torch.autograd.grad(bare(whole).square().sum(), whole)
-    share = 1 / pyrannc.get_world_size()  # a loss outside of the model is a mean over rows
-    torch.testing.assert_close(of_inputs, mine(expected) * share, rtol=1e-12, atol=1e-12)
+    weight = 1 / pyrannc.get_world_size()  # a loss outside of the model is a mean over rows
+    torch.testing.assert_close(of_inputs, share(expected) * weight, rtol=1e-12, atol=1e-12)
     with pytest.raises(RaNNCError, match="differentiated only once"):
         torch.autograd.grad(wrapped(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
@@ -286,8 +273,8 @@ def test_derivatives_of_other_kinds(pools: Pools) -> None:
 def compile_it() -> None:
     _, wrapped = deployed(2)
     compiled = torch.compile(wrapped)
-    expected = mine(make()(batch()))
-    torch.testing.assert_close(compiled(mine(batch())), expected, rtol=1e-12, atol=1e-12)
+    expected = share(make()(batch()))
+    torch.testing.assert_close(compiled(share(batch())), expected, rtol=1e-12, atol=1e-12)
     wrapped.undeploy()
 
 
@@ -301,28 +288,28 @@ def hook_parts() -> None:
     wrapped = RaNNCModule(model, config=config(2))
     handle = model.last.register_full_backward_hook(lambda *_: None)
     with pytest.raises(RaNNCError, match="a backward hook is registered on `last`"):
-        wrapped(mine(batch()))
+        wrapped(share(batch()))
     handle.remove()
     handle = model.last.weight.register_hook(lambda g: g.clamp(-1, 1))
     with pytest.raises(RaNNCError, match=r"hook is registered on the parameter `last.weight`"):
-        wrapped(mine(batch()))
+        wrapped(share(batch()))
     handle.remove()
     handle = model.last.weight.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(RaNNCError, match=r"hook is registered on the parameter `last.weight`"):
-        wrapped(mine(batch()))
+        wrapped(share(batch()))
     handle.remove()
     model.first.register_forward_hook(lambda module, args, output: output * 2)
     expected = make()
     expected.first.register_forward_hook(lambda module, args, output: output * 2)
     for _ in range(2):
-        found = wrapped(mine(batch()))
-        torch.testing.assert_close(found, mine(expected(batch())), rtol=1e-12, atol=1e-12)
+        found = wrapped(share(batch()))
+        torch.testing.assert_close(found, share(expected(batch())), rtol=1e-12, atol=1e-12)
         # After the first call, too: the model is captured again.
         for one in (model, expected):
             one.last.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     model.first.register_full_backward_hook(lambda *_: None)
     with pytest.raises(RaNNCError, match="a backward hook is registered on `first`"):
-        wrapped(mine(batch()))
+        wrapped(share(batch()))
     wrapped.undeploy()
 
 
@@ -339,7 +326,7 @@ def hook_the_module() -> None:
     wrapped.register_forward_hook(lambda module, args, output: called.append("after"))
     wrapped.register_full_backward_hook(lambda module, *gradients: called.append("backward"))
     optimizer.register_step_pre_hook(lambda *_: called.append("step"))
-    wrapped(mine(batch()).requires_grad_()).sum().backward()
+    wrapped(share(batch()).requires_grad_()).sum().backward()
     optimizer.step()
     assert called == ["before", "after", "backward", "step"]
     wrapped.undeploy()
@@ -407,7 +394,7 @@ def play(
 
 
 def play_together(stages: int) -> dict[str, torch.Tensor]:
-    found = play(lambda m, o: RaNNCModule(m, o, config=config(stages)), mine)
+    found = play(lambda m, o: RaNNCModule(m, o, config=config(stages)), share)
     pyrannc.clear()
     return found
 

@@ -31,13 +31,13 @@ impl Search<'_, '_> {
     /// The error that says why these blocks fit nowhere, and what would help.
     pub(crate) fn does_not_fit(&self, cut: &Cut) -> PartitionError {
         let limit_bytes = self.limits.iter().copied().max().unwrap_or_default();
-        // Half of the time is for each, so that there is some advice however large the model is.
+        // At most half of the time, so that there is some advice however large the model is.
         self.priced.set(MOST_PRICED / 2);
         let Some(fitting) = self.least_memory(cut, limit_bytes) else {
             let problem = "no number of stages, replicas and microbatches is possible".to_owned();
             return PartitionError::Options { problem };
         };
-        self.priced.set(MOST_PRICED / 2);
+        self.priced.set(0);
         let remedies = self.remedies(cut, &fitting);
         let Fitting { needed_bytes, stage } = fitting;
         PartitionError::DoesNotFit { needed_bytes, limit_bytes, stage, remedies }

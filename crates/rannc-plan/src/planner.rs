@@ -61,8 +61,9 @@ impl<'a> Planner<'a> {
         let evaluator = Evaluator::new(self.graph, &costs, cluster, &search);
         let mut round = Round::new(&evaluator, progress);
         round.simulate_found(found)?;
+        let is_splittable = self.graph.batch().splittable;
         let neighbours = Neighbours::new(&search);
-        if self.graph.batch().splittable {
+        if is_splittable {
             let sequence = Sequence::new(self.graph, self.partitioner.atoms(), costs.class(0));
             let recompute = search.recompute && sequence.is_repeatable();
             let options = rannc_partition::Options { recompute, ..search.clone() };
@@ -70,9 +71,11 @@ impl<'a> Planner<'a> {
             round.simulate_simple(&Assessor::new(&sequence, &setting))?;
             round.climb(&neighbours)?;
         }
-        let winner = round.winner()?.expect("a search that finds nothing is an error");
-        let shifter = Shifter::new(self.graph, self.partitioner.atoms());
-        let winner = round.shifted(winner, &shifter, &neighbours)?;
+        let mut winner = round.winner()?.expect("a search that finds nothing is an error");
+        if is_splittable {
+            let shifter = Shifter::new(self.graph, self.partitioner.atoms());
+            winner = round.shifted(winner, &shifter, &neighbours)?;
+        }
         let bound = self.partitioner.lower_bound(&costs, cluster, &search);
         self.finished(&evaluator, &winner, &bound, options.batch_size)
     }

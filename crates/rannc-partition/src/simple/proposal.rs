@@ -95,8 +95,8 @@ impl<'a> Assessor<'a> {
         let Times { forward, backward } = self.line.times(&(0..self.line.len()), rows);
         let line_ns = u128::from(forward) + u128::from(backward);
         let path_ns = u128::from(self.line.longest_path_ns(rows)).max(1);
-        let most = u128::from(step_ns) * 3 / 2 * line_ns.max(path_ns) / path_ns;
-        u64::try_from(most).unwrap_or(u64::MAX)
+        let most = u128::from(step_ns).saturating_mul(line_ns.max(path_ns)) / path_ns;
+        u64::try_from(most / 2).unwrap_or(u64::MAX).saturating_mul(3)
     }
 
     /// The most rows that one of `replicas` sees at a time.
@@ -120,7 +120,8 @@ impl<'a> Assessor<'a> {
             Recompute::Stages => (received, sizes.saved.at(rows)),
             Recompute::Layers => {
                 let inner = |index: usize| self.kept_by_layers[index].at(rows);
-                let kept = received + inner(layers.end) - inner(layers.start);
+                let within = inner(layers.end).saturating_sub(inner(layers.start));
+                let kept = received.saturating_add(within);
                 let saved = self.saved_by_layer[layers].iter();
                 (kept, saved.map(|saved| saved.at(rows)).max().unwrap_or(0))
             }
@@ -187,7 +188,8 @@ impl<'a> Assessor<'a> {
             let mut time = times.forward.saturating_add(times.backward);
             if index > 0 {
                 let before = proposal.ranks[index - 1][0];
-                time += 2 * cluster.transfer_ns(sizes.received.at(rows), before, ranks[0]);
+                let transfer = cluster.transfer_ns(sizes.received.at(rows), before, ranks[0]);
+                time = time.saturating_add(transfer.saturating_mul(2));
             }
             slowest = slowest.max(time);
             sum = sum.saturating_add(time);

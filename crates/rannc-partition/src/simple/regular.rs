@@ -77,7 +77,8 @@ fn balanced(line: &Sequence, units: &[usize], stages: usize, rows: u64) -> Optio
     }
     let elapsed = line.elapsed(rows);
     let ends = units.iter().copied().chain([line.len()]);
-    let times: Vec<u64> = ends.map(|end| elapsed[end].forward + elapsed[end].backward).collect();
+    let times: Vec<u64> =
+        ends.map(|end| elapsed[end].forward.saturating_add(elapsed[end].backward)).collect();
     let total = times[units.len()];
     let mut range: RangeInclusive<u64> = total / stages as u64..=total;
     while range.start() < range.end() {

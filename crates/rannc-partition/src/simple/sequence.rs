@@ -160,7 +160,8 @@ impl<'a> Sequence<'a> {
             let made = self.reads[position].iter().filter_map(|read| read.made);
             let before = made.filter(|&made| made < position).map(|made| until[made]).max();
             let (start, end) = (elapsed[position], elapsed[position + 1]);
-            let here = (end.forward - start.forward) + (end.backward - start.backward);
+            let forward = end.forward - start.forward;
+            let here = forward.saturating_add(end.backward - start.backward);
             until[position] = before.unwrap_or(0).saturating_add(here);
         }
         until.into_iter().max().unwrap_or(0)
@@ -217,13 +218,15 @@ impl<'a> Sequence<'a> {
         let crossing = self.crossing(rows);
         let elapsed = self.elapsed(rows);
         let (end, count) = (self.len(), count.min(self.len()));
-        let total = elapsed[end].forward + elapsed[end].backward;
+        let total = elapsed[end].forward.saturating_add(elapsed[end].backward);
         let mut bounds = vec![0];
         for unit in 1..count {
             // The place at some quarters of a unit's share of the time.
             let at = |quarters: usize| {
                 let wanted = u128::from(total) * quarters as u128 / (4 * count as u128);
-                let before = |times: &Times| u128::from(times.forward + times.backward) < wanted;
+                let before = |times: &Times| {
+                    u128::from(times.forward.saturating_add(times.backward)) < wanted
+                };
                 elapsed.partition_point(before).clamp(1, end - 1)
             };
             let places = at(4 * unit - 1)..=at(4 * unit + 1);

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .errors import RaNNCError
 from .executor import Step
@@ -163,26 +165,39 @@ class Accumulation:
             hint="call `allreduce_grads()` before, or the last backward outside of `no_sync()`",
         )
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuses steps of the optimizer while gradients wait, also those that its closure left."""
+    def watch(self) -> None:
+        """Refuses steps of optimizers while gradients wait, also those that a closure left.
+
+        Optimizers that `RaNNCModule` was not given are looked at as well.
+        """
+        this = weakref.ref(self)
 
         def before_step(
-            _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+            optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            accumulation = this()
+            if accumulation is None or not accumulation._is_trained_by(optimizer):
+                return None
             own, *given = args
             closure = kwargs.get("closure", given[0] if given else None)
             if closure is None:
-                self.refuse("optimizer.step()")
+                accumulation.refuse("optimizer.step()")
                 return None
 
             def checked() -> Any:
                 loss = closure()
-                self.refuse("optimizer.step()")
+                accumulation.refuse("optimizer.step()")
                 return loss
 
             return (own,), {**kwargs, "closure": checked}
 
-        optimizer.register_step_pre_hook(before_step)
+        handle = register_optimizer_step_pre_hook(before_step)
+        weakref.finalize(self, handle.remove)
+
+    def _is_trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        own = {id(parameter) for parameter in self.parameters.values()}
+        groups = (group["params"] for group in optimizer.param_groups)
+        return any(id(parameter) in own for group in groups for parameter in group)
 
     def _held_twice(self) -> list[str]:
         """The parameters whose whole gradients count on another rank than this, if any wait."""

@@ -110,8 +110,7 @@ class Deployment:
         self.loss_weight = LossWeight(self.comm, loss_reduction)
         self.sharding = Sharding(self.comm)
         self.accumulation = Accumulation(self.comm, self.parameters)
-        if optimizer is not None:
-            self.accumulation.watch(optimizer)
+        self.accumulation.watch()
         self.deployed = False
         self._anchor = torch.zeros((), requires_grad=True)
 

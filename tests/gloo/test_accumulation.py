@@ -245,9 +245,11 @@ def misuse(folder: str) -> None:
     with wrapped.no_sync():
         backward()
     name = next(key for key, _ in wrapped.named_parameters())
-    for call in (optimizer.step, functools.partial(wrapped.get_param_grad, name)):
+    unknown = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    for call in (optimizer.step, unknown.step, functools.partial(wrapped.get_param_grad, name)):
         with pytest.raises(pyrannc.RaNNCError, match=r"not been added up yet\n.*allreduce_grads"):
             call()
+    torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1).step()  # none of the model's
     wrapped.allreduce_grads()
     optimizer.step()
     with wrapped.no_sync():

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TINY_NS = 100_000
-_ENOUGH_NS = 30_000_000
-_MOST_REPEATS = 9
+_TOO_LONG_NS = 3_000_000_000
 _FEWEST_REPEATS = 3
 _LAUNCHES = 4
 
@@ -39,6 +38,22 @@ class Times:
     def as_pair(self) -> tuple[int, int]:
         """Forward, then backward."""
         return self.forward_ns, self.backward_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Enough:
+    """A measurement ends after this time or so many repeats, whichever comes first."""
+
+    time_ns: int
+    repeats: int
+
+
+ENOUGH = Enough(30_000_000, 9)
+"""For one operator."""
+
+ENOUGH_TO_CALIBRATE = Enough(1_000_000_000, 31)
+"""For many operators at once, whose time all predictions rest on: cores run slower and faster for
+seconds at a time."""
 
 
 class Stopwatch:
@@ -63,18 +78,21 @@ class Stopwatch:
             for value in node["inputs"]:
                 self._readers.setdefault(value, []).append(node["key"])
 
-    def measure(self, nodes: list[dict[str, Any]], rows: int) -> Times | None:
+    def measure(
+        self, nodes: list[dict[str, Any]], rows: int, enough: Enough = ENOUGH
+    ) -> Times | None:
         """The times of these operators together; none when they cannot run, as for lack of memory.
 
         Args:
             nodes: operators of the graph, in its order.
             rows: of the batch.
+            enough: how long to go on.
         """
         try:
             inputs, outputs = self._border(nodes)
             stage = build_stage(self._captured, [node["key"] for node in nodes], inputs, outputs)
             with _on_device(stage, self._device):
-                return self._repeat(_Work(self, stage, nodes, rows))
+                return self._repeat(_Work(self, stage, nodes, rows), enough)
         except torch.OutOfMemoryError:
             logger.info("no memory to measure %s with %d rows", nodes[0]["key"], rows)
         except Exception as error:
@@ -120,7 +138,7 @@ class Stopwatch:
         made = torch.randn(shape, device=self._device).to(dtype)
         return made.requires_grad_(description["requires_grad"])
 
-    def _repeat(self, work: _Work) -> Times:
+    def _repeat(self, work: _Work, enough: Enough) -> Times:
         """The median of several runs after one that warms up; the least for what is tiny."""
         launches = 1 if self._device.type == "cpu" else _LAUNCHES
         first = work.run(self._device, 1)
@@ -128,13 +146,13 @@ class Stopwatch:
         backwards: list[int] = []
         spent = 0
         while len(forwards) < _FEWEST_REPEATS or (
-            spent < _ENOUGH_NS and len(forwards) < _MOST_REPEATS
+            spent < enough.time_ns and len(forwards) < enough.repeats
         ):
             times = work.run(self._device, launches if sum(first.as_pair()) < 10 * _TINY_NS else 1)
             forwards.append(times.forward_ns)
             backwards.append(times.backward_ns)
             spent += sum(times.as_pair())
-            if spent > 100 * _ENOUGH_NS:
+            if spent > _TOO_LONG_NS:
                 break
         return Times(_typical(forwards), _typical(backwards))
 

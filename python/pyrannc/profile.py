@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 
 from pyrannc import _cache, cluster
 from pyrannc._progress import progress
-from pyrannc._stopwatch import Stopwatch, Times
+from pyrannc._stopwatch import ENOUGH_TO_CALIBRATE, Stopwatch, Times
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,7 +202,7 @@ class _Profiler:
             times = [part for part in parts if part is not None]
             if not stretch or len(times) < len(stretch):
                 continue
-            whole = stopwatch.measure(stretch, rows)
+            whole = stopwatch.measure(stretch, rows, ENOUGH_TO_CALIBRATE)
             if whole is not None:
                 forward = sum(part.forward_ns for part in times)
                 backward = sum(part.backward_ns for part in times)

@@ -19,8 +19,10 @@ const MOST_SIMULATED: u64 = 1 << 16;
 const MOST_SIMPLE: u64 = 1 << 14;
 const MOST_CLIMBED: u64 = 1 << 15;
 /// And for the winner with its cuts moved.
-const MOST_SHIFTED: u64 = 1 << 15;
+const MOST_SHIFTED: u64 = 1 << 13;
 const MOST_MOVES: usize = 12;
+/// It goes on while the step gets faster by more than this part.
+const LEAST_GAIN: u64 = 1_000;
 /// Of each rule so many are simulated, fewer if they have more ranks than this together.
 const MOST_OF_RULE: usize = 32;
 const FEWEST_OF_RULE: usize = 4;
@@ -111,8 +113,8 @@ impl<'a> Round<'a> {
         self.fastest_unfolded(0, self.simulated[best].0)
     }
 
-    /// The winner with atoms moved out of its busiest stages, and what is like that, as long as the step gets
-    /// faster and the simulations together stay within their number.
+    /// The winner with atoms moved out of its busiest stages, or what is like it, as long as the step gets
+    /// faster by a part that matters and the simulations together stay within their number.
     pub(crate) fn shifted(
         &mut self,
         mut winner: Winner,
@@ -126,12 +128,17 @@ impl<'a> Round<'a> {
             let moved = |stage| shifter.without_ends(&winner.candidate, stage);
             let mut next: Vec<Candidate> =
                 stages.into_iter().flat_map(moved).take(MOST_MOVES).collect();
-            next.extend(next.iter().flat_map(|next| neighbours.of(next)).collect::<Vec<_>>());
+            next.extend(neighbours.of(&winner.candidate));
             let fitting = self.fitting(self.promising(next), &mut allowed)?;
             self.simulate(fitting, &mut allowed)?;
-            match self.fastest_unfolded(first, winner.step_ns)? {
-                Some(faster) if faster.step_ns < winner.step_ns => winner = faster,
-                _ => return Ok(winner),
+            let before = winner.step_ns;
+            if let Some(faster) = self.fastest_unfolded(first, before)?
+                && faster.step_ns < before
+            {
+                winner = faster;
+            }
+            if before - winner.step_ns <= before / LEAST_GAIN {
+                return Ok(winner);
             }
         }
     }

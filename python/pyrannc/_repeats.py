@@ -236,14 +236,14 @@ def _made(known: list[_Tensor], read: list[torch.Tensor]) -> list[torch.Tensor]:
     with torch._C.DisableTorchFunction():
         made: list[torch.Tensor] = []
         for result in known:
-            elem = result.bare if result.is_view else _apart(fake_mode, result.bare)
+            elem = result.bare if result.is_view else _in_own_memory(fake_mode, result.bare)
             made.append(FakeTensor(fake_mode, elem, result.device))
         if any(result.requires_grad for result in known):
             made = list(_apply(made, [result.requires_grad for result in known], *read))
         return made
 
 
-def _apart(fake_mode: Any, bare: torch.Tensor) -> torch.Tensor:
+def _in_own_memory(fake_mode: Any, bare: torch.Tensor) -> torch.Tensor:
     """A tensor alike in memory of its own.
 
     Unlike a new one, a lazy clone takes over what is known of symbolic sizes, at a tenth of the

@@ -117,57 +117,63 @@ impl<'a> Evaluator<'a> {
     pub(crate) fn least_ns(&self, candidate: &Candidate) -> u64 {
         let timing = StageTiming::new(self, candidate);
         let fewest_rows = self.options.batch_rows / candidate.microbatches.max(1);
-        let read = self.stages_read(candidate);
+        let links = self.links(candidate);
         let mut least = 0_u64;
-        // By stage: forward and backward of a microbatch, what goes before, and that with what comes after.
-        let mut passed: Vec<[u64; 4]> = Vec::new();
-        for (index, stage) in candidate.stages.iter().enumerate() {
-            let (mut before, mut around) = (0_u64, 0_u64);
-            for &(read, differentiable) in &read[index] {
-                let [forward, backward, its_before, its_around] = passed[read];
-                before = before.max(its_before.saturating_add(forward));
-                let both = forward.saturating_add(backward);
-                around = around.max(if differentiable {
-                    its_around.saturating_add(both)
+        let mut passages: Vec<Passage> = Vec::new();
+        for (index, (stage, links)) in candidate.stages.iter().zip(&links).enumerate() {
+            let mut own = Passage::default();
+            for (&read, &differentiable) in &links.read {
+                let earlier = &passages[read];
+                let reached = earlier.before.saturating_add(earlier.forward);
+                own.before = own.before.max(reached);
+                own.around = own.around.max(if differentiable {
+                    earlier.around.saturating_add(earlier.both())
                 } else {
-                    its_before.saturating_add(forward)
+                    reached
                 });
             }
             let rows = fewest_rows / stage.ranks.len().max(1) as u64;
             // Shares may leave a replica any number of rows.
-            let (mut forward, mut backward) = (0, 0);
             if rows > 0 && stage.shares.is_empty() {
                 let times = |&rank: &u32| timing.times(StageId::new(index), RankId(rank), rows);
-                forward = stage.ranks.iter().map(|rank| times(rank).0).min().unwrap_or(0);
-                backward = stage.ranks.iter().map(|rank| times(rank).1).min().unwrap_or(0);
+                own.forward = stage.ranks.iter().map(|rank| times(rank).0).min().unwrap_or(0);
+                if links.backward {
+                    own.backward = stage.ranks.iter().map(|rank| times(rank).1).min().unwrap_or(0);
+                }
             }
-            let all = forward.saturating_add(backward).saturating_mul(candidate.microbatches);
-            least = least.max(all.saturating_add(around));
-            passed.push([forward, backward, before, around]);
+            let work = own.both().saturating_mul(candidate.microbatches);
+            least = least.max(work.saturating_add(own.around));
+            passages.push(own);
         }
         least
     }
 
-    /// By stage, those before it that it reads from, and whether gradients go back there.
-    fn stages_read(&self, candidate: &Candidate) -> Vec<Vec<(usize, bool)>> {
-        let mut maker: Vec<Option<usize>> = vec![None; self.graph.nodes().len()];
-        let mut all = Vec::new();
+    fn links(&self, candidate: &Candidate) -> Vec<Links> {
+        let graph = self.graph;
+        let mut maker: Vec<Option<usize>> = vec![None; graph.nodes().len()];
+        let mut links: Vec<Links> = Vec::new();
         for (index, stage) in candidate.stages.iter().enumerate() {
             let mut read: BTreeMap<usize, bool> = BTreeMap::new();
-            let inputs = stage.nodes.ones().flat_map(|node| &self.graph.nodes()[node].inputs);
-            for &value in inputs {
-                let made = self.graph.producer(value).map(NodeId::index);
+            for &value in stage.nodes.ones().flat_map(|node| &graph.nodes()[node].inputs) {
+                let made = graph.producer(value).map(NodeId::index);
                 let made = made.filter(|&node| !stage.nodes.contains(node));
-                if let Some(made) = made.and_then(|node| maker[node]) {
-                    *read.entry(made).or_default() |= self.graph.value(value).requires_grad;
+                if let Some(earlier) = made.and_then(|node| maker[node]) {
+                    let differentiable = graph.value(value).requires_grad;
+                    *read.entry(earlier).or_default() |= differentiable;
+                    links[earlier].backward |= differentiable;
                 }
             }
             for node in stage.nodes.ones() {
                 maker[node].get_or_insert(index);
             }
-            all.push(read.into_iter().collect());
+            links.push(Links { read, backward: false });
         }
-        all
+        for &output in graph.outputs().iter().filter(|&&id| graph.value(id).requires_grad) {
+            if let Some(stage) = graph.producer(output).and_then(|node| maker[node.index()]) {
+                links[stage].backward = true;
+            }
+        }
+        links
     }
 
     /// The simulated duration of one training step.
@@ -386,6 +392,31 @@ impl<'a> Evaluator<'a> {
     }
 }
 
+/// What a stage has to do with others.
+struct Links {
+    /// The stages before it that it reads from, and whether gradients go back there.
+    read: BTreeMap<usize, bool>,
+    /// Whether it is given gradients, without which it has no backward.
+    backward: bool,
+}
+
+/// The least that a microbatch takes through a stage, and on its way there and back, in nanoseconds.
+#[derive(Default)]
+struct Passage {
+    forward: u64,
+    backward: u64,
+    /// Forwards of the stages before it.
+    before: u64,
+    /// These, and backwards that can only follow the stage's own.
+    around: u64,
+}
+
+impl Passage {
+    fn both(&self) -> u64 {
+        self.forward.saturating_add(self.backward)
+    }
+}
+
 /// How many forwards a step has.
 fn num_forwards(candidate: &Candidate) -> u64 {
     let ranks: u64 = candidate.stages.iter().map(|stage| stage.ranks.len() as u64).sum();
@@ -533,3 +564,6 @@ impl Memory for StageTiming<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -159,7 +159,7 @@ impl Placement {
     ) -> Self {
         if !graph.batch().splittable {
             microbatches = 1;
-            for part in &mut parts {
+            for part in parts.iter_mut().filter(|part| part.ranks.len() > 1) {
                 part.shares =
                     (0..part.ranks.len()).map(|replica| u64::from(replica == 0)).collect();
             }

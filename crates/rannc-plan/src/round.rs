@@ -1,8 +1,8 @@
 //! Which candidates are simulated, and the fastest of them.
 //!
 //! Candidates of the search come first, then plans by simple rules, then what is like the fastest, last the
-//! winner with its cuts moved. Each lot may take so many simulated forwards, counted before it starts, so that threads and the speed of the
-//! machine change nothing.
+//! winner with its cuts moved. Each lot may take so many simulated forwards, counted before it starts, so
+//! that threads and the speed of the machine change nothing.
 
 use rannc_partition::simple::{Assessor, Cut, regular};
 use rannc_partition::{Candidate, Progress};

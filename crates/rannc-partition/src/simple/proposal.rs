@@ -55,6 +55,8 @@ pub struct Assessor<'a> {
     saved_by_layer: Vec<Affine>,
     /// Of the whole model.
     whole: Sizes,
+    /// Forward and backward of the whole batch, one operator after another, and along the longest path.
+    line_and_path_ns: [u64; 2],
 }
 
 impl<'a> Assessor<'a> {
@@ -69,7 +71,12 @@ impl<'a> Assessor<'a> {
             saved_by_layer.push(sizes.saved);
         }
         let whole = line.sizes(&[0, line.len()])[0];
-        Self { line, setting, sizes: RefCell::default(), kept_by_layers, saved_by_layer, whole }
+        let rows = setting.options.batch_rows;
+        let times = line.times(&(0..line.len()), rows);
+        let line_ns = times.forward.saturating_add(times.backward);
+        let line_and_path_ns = [line_ns, line.longest_path_ns(rows).max(1)];
+        let sizes = RefCell::default();
+        Self { line, setting, sizes, kept_by_layers, saved_by_layer, whole, line_and_path_ns }
     }
 
     /// Whether so many stages have room for all parameters with what belongs to them.
@@ -91,10 +98,7 @@ impl<'a> Assessor<'a> {
     /// An estimate that nothing as fast as `step_ns` is estimated above: transfers may run beside work, and
     /// branches, which estimates take one after another, side by side.
     pub fn most_ns(&self, step_ns: u64) -> u64 {
-        let rows = self.rows(1, 1);
-        let Times { forward, backward } = self.line.times(&(0..self.line.len()), rows);
-        let line_ns = u128::from(forward) + u128::from(backward);
-        let path_ns = u128::from(self.line.longest_path_ns(rows)).max(1);
+        let [line_ns, path_ns] = self.line_and_path_ns.map(u128::from);
         let most = u128::from(step_ns).saturating_mul(line_ns.max(path_ns)) / path_ns;
         u64::try_from(most / 2).unwrap_or(u64::MAX).saturating_mul(3)
     }

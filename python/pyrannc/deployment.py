@@ -326,11 +326,9 @@ class Deployment:
         if not graph.splittable and self.comm.rank == 0:
             logger.warning(
                 "the batch cannot be split, so every step runs as one microbatch on one replica: "
-                "%s. If that belongs to a loss which the model returns, state with the argument "
-                '`output_reduction` of RaNNCModule that it is the "mean" or the "sum" over rows '
-                "of what microbatches give; or have the model return what the loss needs, compute "
-                "it outside, and state how it reduces with `loss_reduction`",
+                "%s; %s",
                 graph.unsplittable_reason,
+                planning.HOW_TO_SPLIT,
             )
         return captured, graph
 

@@ -28,6 +28,14 @@ logger = logging.getLogger(__name__)
 _USUAL_STATE_FACTOR = 2.0
 """Adam's: what to assume of an optimizer that is unknown or cannot be probed."""
 
+HOW_TO_SPLIT = (
+    "if that belongs to a loss which the model returns, state with the argument "
+    '`output_reduction` of RaNNCModule that it is the "mean" or the "sum" over rows of what '
+    "microbatches give; or have the model return what the loss needs, compute it outside, and "
+    "state how it reduces with `loss_reduction`"
+)
+"""What to do where an operator needs the whole batch at once."""
+
 
 def make_plan(
     comm: Communicator,
@@ -74,12 +82,20 @@ def make_plan(
                 plan.save(config.deployment_file)
             outcome = plan.to_json()
         except Exception as error:  # raised below on every rank
-            outcome = error
+            outcome = _with_remedy(error, graph)
     outcome = comm.broadcast_object(outcome)
     if isinstance(outcome, Exception):
         raise outcome
     assert isinstance(outcome, str)
     return _core.Plan.from_json(outcome)
+
+
+def _with_remedy(error: Exception, graph: _core.Graph) -> Exception:
+    """The error; if it is that the batch cannot be split, with what RaNNCModule can be told."""
+    reason = graph.unsplittable_reason
+    if not isinstance(error, PlanError) or reason is None or reason not in error.message:
+        return error
+    return type(error)(error.message, "; ".join(filter(None, [error.hint, HOW_TO_SPLIT])))
 
 
 @dataclass(frozen=True, slots=True)

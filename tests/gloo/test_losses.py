@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -348,6 +351,40 @@ def test_a_loss_that_cannot_be_told_is_warned_of(caplog: pytest.LogCaptureFixtur
         assert told == warned
         assert ("the argument `output_reduction`" in caplog.text) == warned
         wrapped.undeploy()
+
+
+def force_parts(items: dict[str, int], folder: str) -> None:
+    """Asks for parts of a batch that cannot be split: of the planner, then with a deployment."""
+    x, y = (share(tensor) for tensor in batch(8, 1))
+    settings = config(1, 0)
+    whole: Any = pyrannc.RaNNCModule(Scored(noted).double(), config=settings)
+    whole(x, y)
+    path = Path(folder) / "deployment.json"
+    whole.save_deployment(path)
+    whole.undeploy()
+    if pyrannc.get_rank() == 0:
+        plan = json.loads(path.read_text())
+        plan["microbatches"] = 2
+        path.write_text(json.dumps(plan))
+    pyrannc.barrier()
+    forced = pyrannc.RaNNCModule(
+        Scored(noted).double(), config=dataclasses.replace(settings, **items)
+    )
+    loaded = pyrannc.RaNNCModule(Scored(noted).double(), load_deployment=path, config=settings)
+    for model, kind in ((forced, pyrannc.PlanError), (loaded, pyrannc.DeploymentError)):
+        with pytest.raises(kind, match=r"cannot be split.*`aten\.roll\.default`") as caught:
+            model(x, y)
+        found, hint = str(caught.value).split("\nhint: ")
+        assert "microbatch" in found
+        assert "the argument `output_reduction`" in hint
+        model.undeploy()
+
+
+@pytest.mark.parametrize(("world", "items"), [(1, {"pipeline_num": 2}), (2, {"replica_num": 2})])
+def test_parts_of_what_cannot_be_split_are_refused(
+    pools: Pools, world: int, items: dict[str, int], tmp_path: Path
+) -> None:
+    pools.run(world, force_parts, items, str(tmp_path))
 
 
 def test_what_cannot_be_stated_is_refused() -> None:

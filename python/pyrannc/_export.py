@@ -49,6 +49,7 @@ class Program:
         results: the structure of what the model returns.
         opaque_calls: parts that are called as they are, by the name of their operator.
         static_reason: why the program is valid only for this number of rows, if it is.
+        changed: plain attributes of modules that forward changes; in the program, constants.
     """
 
     module: fx.GraphModule
@@ -59,6 +60,7 @@ class Program:
     results: Structure
     opaque_calls: dict[str, Opaque]
     static_reason: str | None
+    changed: tuple[str, ...]
 
     @property
     def dynamic(self) -> bool:
@@ -95,9 +97,9 @@ class FlatModel(torch.nn.Module):
         return tuple(results)
 
     @property
-    def changed(self) -> list[str]:
+    def changed(self) -> tuple[str, ...]:
         """Plain attributes of modules that the last forward changed."""
-        return self._noted.changed or []
+        return tuple(self._noted.changed or ())
 
     @property
     def results(self) -> Structure:
@@ -156,12 +158,21 @@ def export(
                 flat.results,
                 calls,
                 static_reason,
+                flat.changed,
             )
     module, state = exporter.export(tensors, rows, dynamic=False)
     calls = exporter.sites.calls
     symbols_of_none = Symbols([])
     return Program(
-        module, state, symbols_of_none, rows, candidates, flat.results, calls, static_reason
+        module,
+        state,
+        symbols_of_none,
+        rows,
+        candidates,
+        flat.results,
+        calls,
+        static_reason,
+        flat.changed,
     )
 
 
@@ -200,7 +211,6 @@ class _Exporter:
                 module, state = self._traced(tracker, copies, candidates)
                 unknown = _unknown_sizes(module)
                 if not unknown:
-                    self._tell_changes()
                     return module, state
                 self.sites.add_module(self._around(unknown))
             except CaptureError:
@@ -228,10 +238,6 @@ class _Exporter:
                     raise RealNeededError from failure
         with self.sites.standing_in(), tracker.watching():
             return _exported(self._flat, tensors, candidates)
-
-    def _tell_changes(self) -> None:
-        for name in self._flat.changed:
-            _log.warning("`%s` changes in forward; captured, it is a constant", name)
 
     def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
         return [

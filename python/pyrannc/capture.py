@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+logger = logging.getLogger(__name__)
+
 _EXPORTED_NAME = "model."
 
 
@@ -56,6 +59,7 @@ class Captured:
             all processes are the stages' denominators.
         static_rows: the only number of rows the capture is valid for; `None` for any.
         batch_inputs: positions of the tensors, among the graph's inputs, that hold rows.
+        changed: plain attributes of modules that forward changes, and that are constants here.
     """
 
     graph_json: str
@@ -67,6 +71,7 @@ class Captured:
     denominators: list[Denominator]
     static_rows: int | None
     batch_inputs: list[int]
+    changed: tuple[str, ...]
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
@@ -160,7 +165,10 @@ def capture(
         raise CaptureError(message, "pass at least one row the first time")
     call = _Call(model, tensors, names, structure, rows)
     with _uncollected():
-        return _splittable(call, output_reduction)
+        captured = _splittable(call, output_reduction)
+    for name in captured.changed:
+        logger.warning("`%s` changes in forward; captured, it is a constant", name)
+    return captured
 
 
 @contextmanager
@@ -248,6 +256,7 @@ def _captured(
         denominators=rewriter.denominators,
         static_rows=rows if program.static_reason is not None else None,
         batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
+        changed=program.changed,
         _arguments=structure,
         _description=_describe(tensors, structure),
         _results=program.results,

@@ -161,6 +161,37 @@ def test_counters_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     assert model.count == 0
 
 
+class Sorting(nn.Module):
+    """Mixes rows and puts them back in order, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        order = x.detach().sum(-1).argsort()
+        return torch.zeros_like(x).index_copy(0, order, x[order] * 2)
+
+
+def test_counters_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """However often capture is tried, and not those of parts that run as they are."""
+
+    def balanced(model: Program, x: Tensor) -> Tensor:
+        model.count += 1
+        chosen = model.second(model.sorting(x)).softmax(-1).mean(0)
+        return chosen @ chosen.roll(1)
+
+    model = Program(balanced)
+    model.sorting = Sorting()
+    with caplog.at_level(logging.WARNING, "pyrannc"):
+        captured = capture(model, (torch.randn(4, 3),), output_reduction="mean")
+    assert captured.static_rows is None
+    assert captured.runs_submodules
+    told = [text for text in caplog.messages if "changes in forward" in text]
+    assert told == ["`count` changes in forward; captured, it is a constant"]
+
+
 def test_statistics_of_the_batch_in_buffers_forbid_parts() -> None:
     def averaging(model: Program, x: Tensor) -> Tensor:
         model.steps.mul_(0.9).add_(x.detach().mean() * 0.1)

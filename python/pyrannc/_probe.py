@@ -65,9 +65,14 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
 
     def run(values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         given = [values[node].detach().clone() for node in nodes]
+        # As microbatches do, each run starts from the buffers as they are.
+        state = [
+            tensor if isinstance(tensor, torch.nn.Parameter) else tensor.detach().clone()
+            for tensor in target.site.state
+        ]
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
-            results = target(given, target.site.state)
+            results = target(given, state)
         return [results[positional(output)[1]].detach() for output in call.outputs]
 
     try:

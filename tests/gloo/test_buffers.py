@@ -72,7 +72,7 @@ class Counting(nn.Module):
 
 
 class Deciding(nn.Module):
-    """Decides row by row with Python's `if`, so it runs as it is; counts in two ways."""
+    """Decides row by row with Python's `if`, so it runs as it is; counts in two ways, and reads."""
 
     calls: Tensor
     last: Tensor
@@ -87,18 +87,21 @@ class Deciding(nn.Module):
             self.calls.add_(1)
             self.last[0] = 2 * self.last[0] + 1
         rows = [row * 2 if float(row.detach().sum()) > 0 else row for row in torch.unbind(x)]
-        return torch.stack(rows)
+        return torch.stack(rows) * (1 + 0.1 * self.calls) + 0.01 * self.last[0]
 
 
 class Whole(nn.Module):
-    """Has a part that is not looked into and counts."""
+    """Has parts that are not looked into and count, at either end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.deciding, self.last = nn.Linear(4, 4), Deciding(), nn.Linear(4, 2)
+        self.first, self.early = nn.Linear(4, 4), Deciding()
+        self.middle = nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.late, self.last = Deciding(), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.deciding(torch.tanh(self.first(x)))))
+        x = self.middle(self.early(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.late(torch.tanh(x))))
 
 
 class Cumulative(nn.Module):
@@ -152,8 +155,10 @@ def wrap(
     batch: Tensor,
     *,
     recompute: bool = False,
+    sharding: str = "none",
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Any:
-    """The model with these replicas of each stage, which may compute all of it again."""
+    """The model with these replicas of each stage, which may compute again and divide state."""
     path, settings = Path(folder) / "deployment.json", config(len(ranks), microbatches)
     planned = pyrannc.RaNNCModule(copy.deepcopy(model), config=settings)
     planned(batch)
@@ -165,9 +170,16 @@ def wrap(
         for stage, own in zip(plan["stages"], ranks, strict=True):
             stage["ranks"] = list(own)
             stage["recompute"] = [stage["nodes"]] if recompute else []
+            stage["sharding"] = sharding if len(own) > 1 else "none"
         path.write_text(json.dumps(plan))
     pyrannc.barrier()
-    return pyrannc.RaNNCModule(model, load_deployment=path, config=settings)
+    return pyrannc.RaNNCModule(model, optimizer, load_deployment=path, config=settings)
+
+
+def same_gradients(wrapped: Any, bare: nn.Module) -> None:
+    for name, parameter in bare.named_parameters():
+        gradient = wrapped.get_param_grad(name)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-10, atol=1e-11, msg=name)
 
 
 def buffers_of_steps(
@@ -178,6 +190,7 @@ def buffers_of_steps(
     folder: str,
     *,
     recompute: bool = False,
+    sharding: str = "none",
 ) -> dict[str, Tensor]:
     """Trains and evaluates; compares all buffers with those of the bare model on one device."""
     module, batch = {
@@ -188,17 +201,22 @@ def buffers_of_steps(
     }[name]
     bare, model, rank = make(module), make(module), pyrannc.get_rank()
     first = batch(max(rows[0][rank], 1), 0)
-    wrapped = wrap(model, ranks, microbatches, folder, first, recompute=recompute)
+    wrapped = wrap(
+        model, ranks, microbatches, folder, first, recompute=recompute, sharding=sharding
+    )
     for step, shares in enumerate(rows):
         whole = batch(sum(shares), step)
         start = sum(shares[:rank])
         local = whole[start : start + shares[rank]]
         expected, given = bare(whole), wrapped(local)
-        if name == "counting":
+        expected.square().mean().backward()
+        given.square().mean().backward()
+        if name in ("counting", "whole"):  # the others normalise over parts of the batch
             torch.testing.assert_close(given, expected[start : start + len(local)], **EXACT)
+            same_gradients(wrapped, bare)
+        if name == "counting":
             model.heat.add_(1)  # the user's own changes count
             bare.heat.add_(1)
-        given.square().mean().backward()
         with torch.no_grad():
             bare(whole), wrapped(local)  # training mode, without gradients
         held = dict(model.named_buffers())
@@ -226,13 +244,12 @@ MORE_WAYS = [
     (((0, 1, 2, 3),), ((4, 4, 4, 4), (3, 0, 2, 1)), 1),
     (((0, 1), (2,), (3,)), ((4, 4, 4, 4), (3, 1, 2, 1)), 4),
 ]
+TWO_BY_TWO: Any = (((0, 1), (2, 3)), ((4, 4, 4, 4), (3, 0, 2, 1)), 2)
 
 
-def check_buffers(
-    pools: Pools, name: str, way: Any, folder: Any, *, recompute: bool = False
-) -> None:
+def check_buffers(pools: Pools, name: str, way: Any, folder: Any, **options: Any) -> None:
     ranks, rows, microbatches = way
-    train = functools.partial(buffers_of_steps, recompute=recompute)
+    train = functools.partial(buffers_of_steps, **options)
     held = pools.run(len(rows[0]), train, name, ranks, rows, microbatches, str(folder))
     assert any(held)
     for one, other in itertools.combinations(held, 2):
@@ -264,7 +281,8 @@ def test_computing_again_changes_no_buffer(
     [
         ("whole", WAYS[1]),
         ("whole", WAYS[3]),
-        pytest.param("whole", MORE_WAYS[0], marks=pytest.mark.slow),
+        ("whole", TWO_BY_TWO),
+        *(pytest.param("whole", way, marks=pytest.mark.slow) for way in MORE_WAYS[:3]),
         ("cumulative", (((0,), (1,)), ((4, 4), (2, 1), (1, 3)), 1)),
     ],
 )
@@ -272,6 +290,22 @@ def test_buffers_of_parts_that_run_as_they_are(
     pools: Pools, name: str, way: Any, recompute: bool, tmp_path: Any
 ) -> None:
     check_buffers(pools, name, way, tmp_path, recompute=recompute)
+
+
+@pytest.mark.parametrize("level", ["optimizer", "gradients", "parameters"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("first", WAYS[2]),
+        *(pytest.param("first", way, marks=pytest.mark.slow) for way in (TWO_BY_TWO, MORE_WAYS[1])),
+        pytest.param("whole", TWO_BY_TWO, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_replicas_that_divide_their_state_compute_again(
+    pools: Pools, name: str, way: Any, level: str, tmp_path: Any
+) -> None:
+    check_buffers(pools, name, way, tmp_path, recompute=True, sharding=level)
 
 
 @pytest.mark.slow
@@ -285,14 +319,13 @@ def test_buffers_are_those_of_one_device_in_more_ways(
     check_buffers(pools, name, way, tmp_path)
 
 
-def synchronized(
-    ranks: Ranks, rows: Sequence[int], folder: str, *, recompute: bool = False
-) -> None:
+def synchronized(ranks: Ranks, rows: Sequence[int], folder: str, **options: Any) -> None:
     bare, model, rank = make(Synchronized, sync=False), make(Synchronized), pyrannc.get_rank()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.5) for m in (bare, model)]
     whole = vectors(sum(rows), 1)
     start = sum(rows[:rank])
     local = whole[start : start + rows[rank]]
-    wrapped = wrap(model, ranks, 1, folder, vectors(4, 1), recompute=recompute)
+    wrapped = wrap(model, ranks, 1, folder, vectors(4, 1), optimizer=optimizers[1], **options)
     wrapped.eval()(vectors(1, 1))  # the first call is one with rows
     wrapped.train()
     for _ in range(2):
@@ -301,9 +334,9 @@ def synchronized(
         weights = torch.arange(1.0, 4.0, dtype=torch.float64)
         (expected.square() * weights).mean().backward()
         (given.square() * weights).mean().backward()
-    for name, parameter in bare.named_parameters():
-        gradient = wrapped.get_param_grad(name)
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-10, atol=1e-11, msg=name)
+        same_gradients(wrapped, bare)
+        for optimizer in optimizers:
+            optimizer.step()
     state = wrapped.state_dict()
     for name, value in bare.state_dict().items() if rank == 0 else ():
         torch.testing.assert_close(state[name], value, **EXACT)
@@ -335,6 +368,23 @@ def test_synchronised_norms_see_all_replicas(
 def test_synchronised_norms_compute_again_together(pools: Pools, tmp_path: Any) -> None:
     train = functools.partial(synchronized, recompute=True)
     pools.run(2, train, ((0, 1),), (4, 3), str(tmp_path))
+
+
+@pytest.mark.parametrize("level", ["optimizer", "gradients", "parameters"])
+@pytest.mark.parametrize(
+    ("ranks", "rows"),
+    [
+        (((0, 1),), (4, 3)),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_SYNC_WAYS[:2]),
+    ],
+    ids=str,
+)
+def test_synchronised_norms_whose_state_is_divided(
+    pools: Pools, ranks: Ranks, rows: tuple[int, ...], level: str, tmp_path: Any
+) -> None:
+    """All that is one device's: the rows of all replicas, computed again, and each step."""
+    train = functools.partial(synchronized, recompute=True, sharding=level)
+    pools.run(len(rows), train, ranks, rows, str(tmp_path))
 
 
 @pytest.mark.slow

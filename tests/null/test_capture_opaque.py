@@ -137,6 +137,22 @@ def test_control_flow_stays_in_its_module() -> None:
     check_parts(model, graph, [x], [2], 1e-12)
 
 
+class Numbering(Deciding):
+    """Gives each row the number of the call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.calls
+
+
+def test_a_part_may_read_what_it_counts() -> None:
+    """Every part of the batch finds the count that the step began with."""
+    model, x = Around(Numbering()).double(), torch.randn(6, 8).double()
+    graph = captured_graph(model, x)
+    assert graph.splittable, graph.reason
+    assert model.inner.calls == 0
+    check_against_bare(model, graph, (x,), {})
+
+
 def test_a_decision_over_the_batch_forbids_parts() -> None:
     torch.manual_seed(0)
     model, x = Around(DecidingByBatch()).double(), torch.randn(6, 8).double()

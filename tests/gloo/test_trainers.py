@@ -278,8 +278,33 @@ def test_options_of_the_trainer_that_cannot_work(tmp_path: Path) -> None:
     arguments = transformers.TrainingArguments(
         str(tmp_path), use_cpu=True, report_to="none", torch_compile=True
     )
-    with pytest.raises(pyrannc.RaNNCError, match="cannot be used with a model that RaNNC"):
+    with pytest.raises(pyrannc.RaNNCError, match="`torch_compile` cannot be used"):
         RaNNCTrainer(torch.nn.Linear(2, 2), arguments)
+
+
+def ask_for(folder: Path, option: str) -> None:
+    """What is refused beside `torch_compile`, of which one is not installed."""
+    from transformers import TrainingArguments
+
+    from pyrannc.integrations.transformers import RaNNCTrainer
+
+    class Asked(RaNNCTrainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            setattr(self, f"is_{option}_enabled", True)
+
+    pyrannc.barrier()  # connects the processes
+    settings = {"fsdp": True} if option == "fsdp" else {}
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none", **settings)
+    with pytest.raises(pyrannc.RaNNCError, match=rf"`{option}` cannot be used.*\n.*leave it out"):
+        (RaNNCTrainer if settings else Asked)(torch.nn.Linear(2, 2), arguments)
+
+
+@pytest.mark.parametrize("option", ["fsdp", "deepspeed"])
+def test_other_ways_to_distribute_are_refused(option: str, pools: Pools, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    pools.run(2, ask_for, tmp_path, option, seconds=SECONDS)
 
 
 def no_sum(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
@@ -303,6 +328,14 @@ def test_losses_that_do_not_add_up_are_refused(rows: int) -> None:
         computed(outputs, None)
     added = Computed(focus, lambda values: 2 * values)(outputs, labels, num_items_in_batch=5)
     assert added.item() == pytest.approx(2 * focus(outputs, labels, 5).item(), rel=1e-12)
+
+
+def test_a_trainer_refuses_losses_that_do_not_add_up(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    with pytest.raises(pyrannc.RaNNCError, match=r"needed a sum over rows.*\n.*divide the sum"):
+        tag(tmp_path, {"compute_loss_func": no_sum}, stages=1)
+    pyrannc.clear()
 
 
 def regress(

@@ -131,7 +131,9 @@ class RaNNCTrainer(Trainer):
 
     def _check_arguments(self) -> None:
         refused = {
-            "fsdp or deepspeed": self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            # Without an accelerator what was asked for is left aside, not enabled.
+            "fsdp": bool(self.args.fsdp) or self.is_fsdp_enabled,
+            "deepspeed": bool(self.args.deepspeed) or self.is_deepspeed_enabled,
             "torch_compile": self.args.torch_compile,
         }
         for option, found in refused.items():

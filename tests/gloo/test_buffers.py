@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pyrannc
-from pyrannc.companions import companions
 from tests.gloo.layouts import config
 from tests.gloo.pool import Failure
 
@@ -448,12 +447,18 @@ def test_microbatches_of_synchronised_replicas_never_hang(pools: Pools, tmp_path
 def test_microbatches_of_synchronised_stages_never_hang(pools: Pools, tmp_path: Any) -> None:
     for ranks in [((0, 1), (2, 3)), ((0, 1, 2), (3,)), ((0,), (1, 2, 3))]:
         for rows in ((4, 4, 4, 4), (3, 2, 5, 1)):
-            outcomes = pools.outcomes(4, pipelined_and_synchronized, ranks, rows, str(tmp_path))
-            if isinstance(outcomes[0], Failure):
-                assert {outcome.kind for outcome in outcomes} == {"PlanError"}
-                assert "would wait for each other" in outcomes[0].message
-            else:
-                assert all(losses == outcomes[0] for losses in outcomes)
+            losses = pools.run(4, pipelined_and_synchronized, ranks, rows, str(tmp_path))
+            assert all(own == losses[0] for own in losses)
+
+
+def test_synchronised_replicas_that_would_hang_are_refused(pools: Pools, tmp_path: Any) -> None:
+    """Rank 0 is in both stages, and most rows are another's."""
+    ranks, rows = ((0, 2), (0, 1)), (2, 6, 2)
+    for outcome in pools.outcomes(3, pipelined_and_synchronized, ranks, rows, str(tmp_path)):
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == "PlanError"
+        assert "a stage with synchronised batch norm would wait for each" in outcome.message
+        assert "hint: set `pipeline_num=1`, or use `nn.BatchNorm`" in outcome.message
 
 
 class Mixed(nn.Module):
@@ -532,53 +537,6 @@ def test_computing_again_among_forwards_is_the_same(
         for recompute in (False, True)
     )
     torch.testing.assert_close(again, kept, rtol=0, atol=0)
-
-
-class Act:
-    """An action of a program, for the check alone."""
-
-    def __init__(self, kind: str, microbatch: int = 0, peer: int = -1) -> None:
-        self.kind, self.microbatch, self.peer, self.stage = kind, microbatch, peer, 0
-        self.slot, self.value = self, 0
-
-    def value_slot(self, value: int) -> Act:
-        return LATE
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or "recv" in (self.kind, getattr(other, "kind", ""))
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-LATE = Act("slot")
-
-
-class Acts:
-    """A program, for the check alone."""
-
-    def __init__(self, *ranks: Sequence[Act]) -> None:
-        self.ranks = ranks
-
-    def forward(self, rank: int) -> Sequence[Act]:
-        return self.ranks[rank]
-
-    def backward(self, rank: int) -> Sequence[Act]:
-        del rank
-        return []
-
-
-def test_replicas_that_would_wait_for_each_other_are_refused() -> None:
-    one, two = Act("forward", 0), Act("forward", 1)
-    program: Any = Acts([one, two], [one, two])
-    assert companions(program, 2, {0}) == {(0, 0): [0, 1], (0, 1): [0, 1]}
-    assert companions(program, 2, set()) == {}
-    crossed: Any = Acts([one, two], [two, one])
-    with pytest.raises(pyrannc.errors.PlanError, match="would wait for each other"):
-        companions(crossed, 2, {0})
-    late: Any = Acts([one, Act("send", peer=1)], [Act("recv", peer=0), one])
-    with pytest.raises(pyrannc.errors.PlanError, match="would wait for each other"):
-        companions(late, 2, {0})
 
 
 def replace_a_buffer() -> None:

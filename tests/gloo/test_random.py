@@ -17,6 +17,7 @@ from tests.gloo.layouts import config
 from tests.gloo.training import Setup, train_with_rannc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.gloo.pool import Pools
@@ -173,19 +174,26 @@ def test_what_is_drawn_for_all_rows_is_one_for_all_parts(pools: Pools, stages: i
 
 
 class Lottery(nn.Module):
-    """Draws from Python, which no graph shows."""
+    """Draws what no graph shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[], float]) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        self.draw = draw
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) * random.random()
+        return self.linear(x) * self.draw()
 
 
-def test_draws_that_become_constants_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    wrapped = pyrannc.RaNNCModule(Lottery(), config=config(1, 1))
+@pytest.mark.parametrize(
+    ("draw", "told"), [(random.random, "`random`"), (np.random.rand, "`numpy.random`")]
+)
+def test_draws_that_become_constants_are_told(
+    draw: Callable[[], float], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrapped = pyrannc.RaNNCModule(Lottery(draw), config=config(1, 1))
     with caplog.at_level(logging.WARNING):
         wrapped(torch.ones(4, 4))
-    assert "draws from `random` in its forward" in caplog.text
+    assert f"draws from {told} in its forward" in caplog.text
+    assert "draw with torch.rand and the like instead" in caplog.text
     wrapped.undeploy()

@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pyrannc
+from tests.gloo.layouts import config
 from tests.gloo.pool import Failure
 from tests.gloo.test_equivalence import ROWS, check
 from tests.gloo.training import Record, Setup, local_batch, train_with_rannc, wrap
@@ -165,6 +166,29 @@ def train_with(change: Callable[[Any], None], folder: str) -> None:
     pyrannc.barrier()
     model = chosen.make_model()
     pyrannc.RaNNCModule(model, load_deployment=str(path), config=config)(*args).backward()
+
+
+def test_a_buffer_that_others_use_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deployment.json"
+    settings = config(1, 1)
+    norm = torch.nn.BatchNorm1d(4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), norm, torch.nn.Tanh(), norm)
+    planned = pyrannc.RaNNCModule(model, config=settings)
+    planned(torch.ones(4, 4))
+    planned.save_deployment(path)
+    planned.undeploy()
+    plan = json.loads(path.read_text())
+    (stage,) = plan["stages"]
+    norms = [key for key in stage["nodes"] if "batch_norm" in key]
+    stage["recompute"] = [norms[:1]]
+    path.write_text(json.dumps(plan))
+    wrapped = pyrannc.RaNNCModule(model, load_deployment=path, config=settings)
+    with pytest.raises(pyrannc.DeploymentError) as caught:
+        wrapped(torch.ones(4, 4))
+    found, hint = str(caught.value).split("\nhint: ")
+    assert f"has `{norms[0]}` but not `{norms[1]}`, though both use memory that" in found
+    assert hint == "correct the file, or plan without it"
+    wrapped.undeploy()
 
 
 def take_from_another_stage(plan: Any) -> None:

@@ -187,6 +187,21 @@ def test_batches_that_are_none(args: tuple[Any, ...], found: str, remedy: str) -
     module.undeploy()
 
 
+def start_without_rows() -> None:
+    module: Any = RaNNCModule(make(), config=config(2))
+    empty_on_one = batch(4 if pyrannc.get_rank() == 0 else 0)
+    for scale in (1.0, 2.0):  # the model's first form, and another
+        module.scale = scale
+        refused(lambda: module(empty_on_one), "the batch is empty, and a model is captured", "row")
+        module(batch(4)).sum().backward()
+        module(empty_on_one).sum().backward()
+    module.undeploy()
+
+
+def test_each_form_of_a_model_starts_with_rows(pools: Pools) -> None:
+    pools.run(2, start_without_rows)
+
+
 def test_results_and_buffers_that_cannot_be() -> None:
     module: Any = RaNNCModule(Counting("rows"), config=config(1))
     refused(lambda: module(batch()), "number computed from the batch size", "return tensors only")

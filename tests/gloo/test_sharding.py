@@ -349,6 +349,29 @@ def test_optimizers_that_are_not_element_wise(make: Any, reason: str) -> None:
     assert "hint: leave out `enable_zero`" in str(caught.value)
 
 
+def divide_for_another(folder: str) -> None:
+    """Sharding is asked for by a setting, then by a loaded deployment."""
+    x = torch.ones(2, 8)
+    refused = {"match": "`Lamb` cannot train parameters that are divided between replicas"}
+    asking = dataclasses.replace(CONFIG, sharding="optimizer")
+    model = Chain(2)
+    optimizer = Lamb(model.parameters(), lr=0.1)
+    with pytest.raises(pyrannc.RaNNCError, **refused):
+        pyrannc.RaNNCModule(model, optimizer, config=asking)
+    path = deployment(lambda: Chain(2), (x,), ((0, 1),), folder, 1, "optimizer")
+    wrapped = pyrannc.RaNNCModule(model, optimizer, load_deployment=path, config=CONFIG)
+    with pytest.raises(pyrannc.RaNNCError, **refused) as caught:
+        wrapped(x)
+    assert "set `sharding` to `none`" in str(caught.value)
+    wrapped.undeploy()
+
+
+def test_an_optimizer_is_looked_at_however_sharding_is_asked_for(
+    pools: Pools, tmp_path: Path
+) -> None:
+    pools.run(2, divide_for_another, str(tmp_path))
+
+
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_a_trial_leaves_the_optimizer_alone(scheduled: bool) -> None:
     model = Chain(2)

@@ -16,10 +16,11 @@ from torch import nn
 
 import pyrannc
 from pyrannc import RaNNCError, RaNNCModule
-from tests.gloo.layouts import config, share
+from tests.gloo.layouts import config, deployment, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.gloo.pool import Pools
 
@@ -122,6 +123,27 @@ def call_on_replicas() -> None:
 
 def test_replicas_may_be_called_by_themselves_without_gradients(pools: Pools) -> None:
     pools.run(2, call_on_replicas)
+
+
+def call_on_divided(folder: str) -> None:
+    path = deployment(make, (share(batch()),), ((0, 1),), folder, 1, "parameters")
+    model = make()
+    wrapped = RaNNCModule(model, load_deployment=path, config=config(1, 1))
+    with torch.no_grad():
+        wrapped.features(batch())  # before the first call all of it is here
+    wrapped(share(batch())).sum().backward()
+    with torch.no_grad():
+        for call in (wrapped.features, wrapped.generate, model, model.first):
+            with pytest.raises(RaNNCError, match="which replicas divide among") as caught:
+                call(batch())
+            assert "`first.forward` needs the parameter `first.weight`" in str(caught.value)
+            assert "hint: call the RaNNCModule itself, on all ranks" in str(caught.value)
+    wrapped.undeploy()
+    torch.testing.assert_close(model(batch()), make()(batch()))
+
+
+def test_replicas_that_divide_parameters_say_so(pools: Pools, tmp_path: Path) -> None:
+    pools.run(2, call_on_divided, str(tmp_path))
 
 
 def set_attributes() -> None:
@@ -258,6 +280,9 @@ def differentiate() -> None:
         torch.autograd.grad(wrapped(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         torch.autograd.grad(wrapped(x).sum(), list(wrapped.parameters()))
+    held = list(wrapped.parameters())
+    unused = torch.autograd.grad(wrapped(x).sum(), held, allow_unused=True)
+    assert unused == (None,) * len(held)
     outcome: list[Any] = []
     thread = threading.Thread(target=lambda: outcome.append(wrapped(x).sum().backward()))
     thread.start()

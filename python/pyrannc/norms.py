@@ -5,11 +5,13 @@ in the same order everywhere, so all ranks get the same bits and clip alike.
 
 :func:`torch.nn.utils.clip_grad_norm_` sees this rank's parameters only. Where other ranks have
 more, the function in it that adds up norms is replaced by one that recognises this model's
-gradients and asks the other ranks, too.
+gradients and asks the other ranks, too, inside of the wrapper that a script may have imported.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
     from .comm import Communicator
     from .state import Holders
 
+logger = logging.getLogger(__name__)
+
 _watched: weakref.WeakSet[GradientNorm] = weakref.WeakSet()
-_torch_total_norm = getattr(clip_grad, "_get_total_norm", None)
+_torch_wrapper: Any = getattr(clip_grad, "_get_total_norm", None)
+_torch_total_norm: Any = inspect.unwrap(_torch_wrapper) if _torch_wrapper else None
 
 
 class GradientNorm:
@@ -114,11 +119,15 @@ class GradientNorm:
 
     def watch(self) -> None:
         """Has PyTorch's own functions ask the other ranks about this model's gradients."""
-        if self.comm.world_size == 1 or _torch_total_norm is None:
+        if self.comm.world_size == 1:
             return
+        if not _stand_in():
+            logger.warning(
+                "torch.nn.utils of this version of PyTorch, %s, sees this process's gradients "
+                "only: clip with `model.clip_grad_norm(...)`",
+                torch.__version__,
+            )
         _watched.add(self)
-        for module, name in ((clip_grad, "_get_total_norm"), (torch.nn.utils, "get_total_norm")):
-            setattr(module, name, _total_norm)
 
     def forget(self) -> None:
         """Ends :meth:`watch`."""
@@ -189,6 +198,15 @@ def _refuse_incomplete(flags: Sequence[int]) -> None:
         )
 
 
+def _stand_in() -> bool:
+    """Has PyTorch's wrapper, whoever imported it by whichever name, call :func:`_total_norm`."""
+    for cell in getattr(_torch_wrapper, "__closure__", None) or ():
+        if cell.cell_contents in (_torch_total_norm, _total_norm):
+            cell.cell_contents = _total_norm
+            return True
+    return False
+
+
 def _total_norm(
     tensors: torch.Tensor | Iterable[torch.Tensor],
     norm_type: float = 2.0,
@@ -199,7 +217,6 @@ def _total_norm(
     given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     owner = _owner(given)
     if owner is None:
-        assert _torch_total_norm is not None
         norm: Any = _torch_total_norm(given, norm_type, error_if_nonfinite, foreach)
         return norm  # type: ignore[no-any-return]
     incomplete = {id(tensor) for tensor in given} != owner.own_gradients()

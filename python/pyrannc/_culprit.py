@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules import module as module_hooks
 
+from ._host_random import HostState
 from ._opaque import Opaque, Site
 from .errors import CaptureError
 
@@ -28,15 +29,20 @@ class Tracker:
 
     Attributes:
         running: the submodules whose forward has begun and not ended, outermost first.
+        drawing: those whose own forward drew from Python's or NumPy's generator.
     """
 
     def __init__(self) -> None:
         self.running: list[torch.nn.Module] = []
+        self.drawing: list[torch.nn.Module] = []
+        self._drawn = HostState()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watches all modules while the body runs; a failure leaves `running` as it was then."""
         self.running.clear()
+        self.drawing.clear()
+        self._drawn = HostState()
         before = module_hooks.register_module_forward_pre_hook(self._enter)
         after = module_hooks.register_module_forward_hook(self._leave)
         try:
@@ -47,12 +53,20 @@ class Tracker:
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         del args
+        self._note_draws()
         self.running.append(module)
 
     def _leave(self, module: torch.nn.Module, args: Any, result: Any) -> None:
         del args, result
+        self._note_draws()
         while self.running and self.running.pop() is not module:
             pass
+
+    def _note_draws(self) -> None:
+        now = HostState()
+        if now != self._drawn and self.running:
+            self.drawing.append(self.running[-1])
+        self._drawn = now
 
 
 class Sites:

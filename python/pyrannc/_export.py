@@ -209,10 +209,14 @@ class _Exporter:
                 copies = self._copies(tensors, rows)
                 candidates = self._candidates if dynamic else set()
                 module, state = self._traced(tracker, copies, candidates)
+                drawing = self._own(tracker.drawing)
                 unknown = _unknown_sizes(module)
-                if not unknown:
+                if not unknown and not drawing:
                     return module, state
-                self.sites.add_module(self._around(unknown))
+                if unknown:
+                    self.sites.add_module(self._around(unknown))
+                else:
+                    self._leave_draws(drawing)
             except CaptureError:
                 raise
             except Exception as failure:
@@ -253,10 +257,26 @@ class _Exporter:
             return
         if cause is not None:
             raise cause
-        own = set(self._model.modules())
-        inside = [module for module in running if module in own]
+        inside = self._own(running)
         _log.info("`%s` is captured as one operator: %s", _innermost_name(inside), failure)
         self.sites.add_module(inside[-1] if inside else None)
+
+    def _leave_draws(self, drawing: list[torch.nn.Module]) -> None:
+        """Makes the parts opaque that draw numbers of which a graph would make constants."""
+        inner = {part for module in drawing for part in module.modules() if part is not module}
+        for module in dict.fromkeys(part for part in drawing if part not in inner):
+            _log.warning(
+                "`%s` draws from Python's `random` or from NumPy in its forward, so it runs as it "
+                "is and cannot be divided between stages; draw with torch.rand and the like "
+                "instead",
+                _innermost_name([module]),
+            )
+            self.sites.add_module(module)
+
+    def _own(self, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Those which belong to the model."""
+        own = set(self._model.modules())
+        return [module for module in modules if module in own]
 
     def _around(self, paths: list[str]) -> torch.nn.Module:
         """The smallest submodule that holds all of the given ones."""

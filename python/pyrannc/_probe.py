@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from . import _host_random
 from ._flat import positional
 from ._layout import NONE, Layout, MixesRows, Split, placed
 from ._sizes import at
@@ -70,8 +71,9 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
             tensor if isinstance(tensor, torch.nn.Parameter) else tensor.detach().clone()
             for tensor in target.site.state
         ]
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(), _host_random.kept(), torch.enable_grad():
             torch.manual_seed(0)
+            _host_random.seed(0)
             results = target(given, state)
         return [results[positional(output)[1]].detach() for output in call.outputs]
 

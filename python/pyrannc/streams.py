@@ -6,21 +6,20 @@ draws for its own rows, so each of them gets a stream of its own, derived from t
 the same seed gives the same run; a generator's state saved with a checkpoint goes on as it would
 have. A draw that no rows depend on, such as noise for the whole batch, is the same one everywhere.
 What the user draws for itself is the same as beside the bare model, but for one number that
-each call takes when the model draws: so its next call finds another state.
+each call takes when the model draws: so its next call finds another state. Parts of a model that
+draw from Python's `random` or from NumPy do so from the same streams.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from . import _host_random
 from ._flat import operator_of
 from ._opaque import Opaque
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import fx
-
-logger = logging.getLogger(__name__)
 
 _SEED_BYTES = 7  # of what travels between ranks: fits a signed 64-bit number
 _KNOWN_NAMESPACES = ("aten", "prims")
@@ -112,26 +109,9 @@ def share(module: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> None:
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Has the body leave PyTorch's, Python's and NumPy's generators as they are.
-
-    What a captured model draws from the latter two is a constant, of which a warning tells.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
+    """Has the body leave PyTorch's, Python's and NumPy's generators as they are."""
     with _forked(device):
-        try:
-            yield
-        finally:
-            used = ["`random`"] if random.getstate() != python else []
-            now = np.random.get_state()
-            used += ["`numpy.random`"] if not _alike(now, numpy) else []
-            random.setstate(python)
-            np.random.set_state(numpy)
-            if used:
-                logger.warning(
-                    "the model draws from %s in its forward; captured, what it drew is a constant: "
-                    "draw with torch.rand and the like instead",
-                    " and ".join(used),
-                )
+        yield
 
 
 def draws(nodes: Iterable[fx.Node]) -> bool:
@@ -170,31 +150,24 @@ def _seeded(device: torch.device, place: str) -> Iterator[None]:
     with _forked(device) as generators:
         for generator in generators:
             generator.manual_seed(own)
+        _host_random.seed(own)
         yield
 
 
 @contextlib.contextmanager
 def _forked(device: torch.device) -> Iterator[list[torch.Generator]]:
-    """This process's generators, which are afterwards as they were."""
+    """PyTorch's generators of this process, which are afterwards as they were, like all others."""
     generators = [torch.default_generator]
     if device.type != "cpu":
         generators.append(torch.get_device_module(device).default_generators[device.index or 0])
     states = [generator.get_state() for generator in generators]
-    try:
-        yield generators
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    with _host_random.kept():
+        try:
+            yield generators
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
 
 def _number(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=_SEED_BYTES).digest(), "big")
-
-
-def _alike(one: object, other: object) -> bool:
-    return repr(_plain(one)) == repr(_plain(other))
-
-
-def _plain(state: object) -> object:
-    assert isinstance(state, tuple)
-    return [item.tobytes() if isinstance(item, np.ndarray) else item for item in state]

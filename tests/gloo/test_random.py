@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyrannc
-from tests.gloo.layouts import config
+from tests.gloo.layouts import Layout, config, deployment
+from tests.gloo.test_equivalence import EXACT
 from tests.gloo.training import Setup, train_with_rannc
 
 if TYPE_CHECKING:
@@ -174,26 +177,97 @@ def test_what_is_drawn_for_all_rows_is_one_for_all_parts(pools: Pools, stages: i
 
 
 class Lottery(nn.Module):
-    """Draws what no graph shows."""
+    """Draws from Python and NumPy, which no graph shows, and decides by it what it runs."""
 
-    def __init__(self, draw: Callable[[], float]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.draw = draw
+        self.weight = nn.Parameter(torch.ones(()))
+        self.spare = nn.Parameter(torch.ones(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) * self.draw()
+        scale = random.uniform(1, 2) + float(np.random.randint(2, 1000))
+        return x * scale * (self.weight if random.random() < 0.5 else -self.spare)
+
+
+class Drawing(nn.Module):
+    """A lottery between two layers; with ones for input it gives what was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(4))
+        self.lottery = Lottery()
+        self.last = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lottery(torch.tanh(x * self.first) / math.tanh(1)) * self.last
+
+
+def drawn(stages: int, seed: int, layout: Layout | None, folder: str) -> list[torch.Tensor]:
+    """The outputs of four steps for all rows; checks the gradients against them."""
+    torch.manual_seed(seed)
+    random.seed(seed if pyrannc.get_rank() else 77)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    model, x = Drawing().double(), torch.ones(8, 4, dtype=torch.float64)
+    planned = {"config": config(stages)}
+    if layout is not None:
+        file = deployment(lambda: Drawing().double(), (x,), layout, folder)
+        planned = {"config": config(stages), "load_deployment": file}
+    wrapped = pyrannc.RaNNCModule(model, gather_inputs=False, **planned)
+    outputs = []
+    for _ in range(4):
+        wrapped.zero_grad()
+        output = wrapped(x)
+        output.sum().backward()
+        outputs.append(output.detach())
+        scales = output.detach()[:, 0] * 4  # four columns of ones
+        taken = scales > 0
+        expected = {
+            "last": (scales / 4).sum().expand(4),
+            "lottery.weight": scales[taken].sum(),
+            "lottery.spare": scales[~taken].sum(),
+        }
+        for name, gradient in expected.items():
+            found = wrapped.get_param_grad(name)  # none, if no microbatch has used it
+            torch.testing.assert_close(gradient * 0 if found is None else found, gradient, **EXACT)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    wrapped.undeploy()
+    return outputs
 
 
 @pytest.mark.parametrize(
-    ("draw", "told"), [(random.random, "`random`"), (np.random.rand, "`numpy.random`")]
+    ("world", "layout"), [(1, ((0,),)), (2, ((0,), (1,))), (2, ((0, 1),)), (4, ((0,), (1, 2, 3)))]
 )
-def test_draws_that_become_constants_are_told(
-    draw: Callable[[], float], told: str, caplog: pytest.LogCaptureFixture
+def test_draws_from_python_and_numpy_go_on(
+    pools: Pools, world: int, layout: Layout, tmp_path: Path
 ) -> None:
-    wrapped = pyrannc.RaNNCModule(Lottery(draw), config=config(1, 1))
-    with caplog.at_level(logging.WARNING):
-        wrapped(torch.ones(4, 4))
-    assert f"draws from {told} in its forward" in caplog.text
-    assert "draw with torch.rand and the like instead" in caplog.text
+    run = functools.partial(drawn, len(layout), layout=layout, folder=str(tmp_path))
+    outputs, again, other = (pools.run(world, run, seed)[0] for seed in (1, 1, 2))
+    for ours, theirs, others in zip(outputs, again, other, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, others)
+    rows = torch.cat(outputs)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))
+    parts = 2 * max(len(ranks) for ranks in layout)
+    assert len(rows[:, 0].unique()) >= 4 * parts  # each step, microbatch and replica by itself
+
+
+class Gambling(Drawing):
+    """A model that draws in its own forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * random.uniform(1, 2)
+
+
+def gamble() -> None:
+    wrapped = pyrannc.RaNNCModule(Gambling(), config=config(1, 1))
+    first, second = (wrapped(torch.ones(4, 4)) for _ in range(2))
+    assert not torch.equal(first, second)
     wrapped.undeploy()
+
+
+def test_a_part_that_draws_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        gamble()
+    told = [record.message for record in caplog.records if "draws from Python's" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("`Gambling` draws")

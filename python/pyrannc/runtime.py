@@ -136,6 +136,7 @@ class Runtime(Deployment):
             signature = input_signature(args, kwargs)
             rows = batch_size(flatten((args, kwargs))[0])
             self._registered.take_over()
+            self.sharding.adopt()
         except Exception as error:  # raised below, after the others know
             problem = error
         training = torch.is_grad_enabled()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ._buckets import buckets
+from .errors import RaNNCError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("none", "optimizer", "gradients", "parameters")
 """What is divided, each level with those before it."""
+_WORDS = 1 << 19  # of which a fingerprint has one number
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class _Divided:
         whole: all entries, those of others as they were when they were last gathered; without
             memory between the uses if parameters are divided.
         gradient: the part's gradient, while the parameter is whole.
+        version: of the parameter, when the part was last gathered.
+        fingerprint: of the part then, if this rank keeps all entries.
     """
 
     parameter: torch.nn.Parameter
@@ -51,11 +55,43 @@ class _Divided:
     part: torch.Tensor
     whole: torch.Tensor
     gradient: torch.Tensor | None = None
+    version: int = 0
+    fingerprint: torch.Tensor | None = None
 
     @property
     def lasts(self) -> bool:
         """Whether this rank keeps all entries."""
         return self.level != "parameters"
+
+    @property
+    def changed(self) -> bool:
+        """Whether the part was written to since :meth:`take_note`."""
+        if self.parameter._version != self.version:
+            return True
+        # What is written through `parameter.data` leaves the version as it is.
+        return self.fingerprint is None or not torch.equal(
+            _fingerprint(self.part), self.fingerprint
+        )
+
+    def take_note(self) -> None:
+        """Remembers what the part is now."""
+        self.version = self.parameter._version
+        self.fingerprint = _fingerprint(self.part)
+
+    def adopt(self) -> None:
+        """Takes over the tensor that the user set as `parameter.data`, if it did."""
+        given = self.parameter.data
+        if given.data_ptr() == self.part.data_ptr() and given.shape == self.part.shape:
+            return
+        if given.shape != self.part.shape or given.dtype != self.part.dtype:
+            raise RaNNCError(
+                f"`data` of a divided parameter was set to a tensor of shape {[*given.shape]} and "
+                f"type {given.dtype}, needed this process's part of it, of shape "
+                f"{[*self.part.shape]} and type {self.part.dtype}",
+                hint="load whole values with `model.load_state_dict(...)`",
+            )
+        self.part.copy_(given)
+        self.parameter.data = self.part
 
     def take_memory(self) -> None:
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
@@ -84,7 +120,6 @@ class Sharding:
         """Nothing is divided yet."""
         self.comm = comm
         self._divided: dict[str, _Divided] = {}
-        self._versions: dict[str, int] = {}
         self._stepped = False
 
     def __contains__(self, name: object) -> bool:
@@ -105,8 +140,10 @@ class Sharding:
         parameter.data = part
         if gradient is not None:
             parameter.grad = division.part(gradient, self.comm.rank).clone()
-        self._divided[name] = _Divided(parameter, division, level, part, whole)
-        self._versions[name] = parameter._version
+        entry = _Divided(parameter, division, level, part, whole)
+        self._divided[name] = entry
+        if entry.lasts:
+            entry.take_note()
 
     def give_back(
         self,
@@ -141,20 +178,27 @@ class Sharding:
 
         optimizer.register_step_post_hook(stepped)
 
+    def adopt(self) -> None:
+        """Takes over tensors that the user set as `data` of divided parameters.
+
+        Raises:
+            RaNNCError: where one is not like the part that this rank trains.
+        """
+        for entry in self._divided.values():
+            entry.adopt()
+
     @property
     def changed(self) -> bool:
         """Whether this rank's parts were written to since :meth:`gather`."""
-        return self._stepped or any(
-            entry.parameter._version != self._versions[name]
-            for name, entry in self._divided.items()
-        )
+        return self._stepped or any(e.changed for e in self._divided.values() if e.lasts)
 
     def gather(self) -> None:
         """Brings the wholes up to date; all ranks do this together."""
-        lasting = [name for name, entry in self._divided.items() if entry.lasts]
+        lasting = {name: entry for name, entry in self._divided.items() if entry.lasts}
         self._gather(lasting)
         self._stepped = False
-        self._versions = {name: e.parameter._version for name, e in self._divided.items()}
+        for entry in lasting.values():
+            entry.take_note()
 
     def _gather(self, names: Iterable[str]) -> None:
         for entries in self._together(names):
@@ -274,3 +318,11 @@ def _whole(entries: list[_Divided]) -> Iterator[None]:
 
 def _padded(flat: torch.Tensor, numel: int) -> torch.Tensor:
     return F.pad(flat, (0, numel - flat.numel()))
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers that tell whether a contiguous tensor's bits are still the same."""
+    narrow = {1: torch.int8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
+    pieces = tensor.detach().view(-1).view(narrow).split(_WORDS)
+    weights = torch.arange(1, 2 * _WORDS, 2, dtype=torch.int32, device=tensor.device)
+    return torch.stack([(piece * weights[: len(piece)]).sum() for piece in pieces])

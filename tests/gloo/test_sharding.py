@@ -187,6 +187,70 @@ def test_memory_is_saved(pools: Pools, tmp_path: Path) -> None:
         assert pools.run(2, hold, level, str(tmp_path)) == [held] * 2, level
 
 
+# ---- Changes of values that no optimizer makes
+
+
+def halve(parameter: nn.Parameter) -> None:
+    parameter.data.mul_(0.5)
+
+
+def replace(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data * 0.75
+
+
+def turn(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.neg_()
+
+
+def change_by_hand(layout: Layout, level: str, folder: str) -> None:
+    """Outputs without any step between, and after one, as the bare model's."""
+    x = torch.linspace(0, 1, 32, dtype=torch.float64).view(4, 8)
+    bare, model = Chain(4).double(), Chain(4).double()
+    model.load_state_dict(bare.state_dict())
+    mine = torch.optim.SGD(model.parameters(), lr=0.5)
+    theirs = torch.optim.SGD(bare.parameters(), lr=0.5)
+    file = deployment(lambda: Chain(4).double(), (share(x),), layout, folder, 1, level)
+    wrapped = pyrannc.RaNNCModule(model, mine, load_deployment=file, config=CONFIG)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in state.values():
+        torch.distributed.broadcast(tensor, 0)
+    bare.load_state_dict(state)
+    for change in (halve, replace, turn, halve):
+        for parameter in wrapped.parameters():
+            change(parameter)
+        for parameter in bare.parameters():
+            change(parameter)
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped(share(x)), bare(x), **EXACT)
+        replaced = [p for p in wrapped.parameters() if change is replace]
+        for owner, optimizer in ((wrapped, mine), (bare, theirs)):
+            owner.zero_grad()
+            owner(share(x) if owner is wrapped else x).backward()
+            for parameter in owner.parameters() if replaced else []:
+                replace(parameter)
+            optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped(share(x)), bare(x), **EXACT)
+    first = next(iter(wrapped.parameters()))
+    part, first.data = first.data, torch.zeros(3, 3)
+    told = r"shape \[3, 3\].*needed this process's part of it, of shape.*\n.*load_state_dict"
+    with pytest.raises(pyrannc.RaNNCError, match=told):
+        wrapped(share(x))
+    first.data = part
+    wrapped(share(x))
+    wrapped.undeploy()
+
+
+@pytest.mark.parametrize("layout", [((0, 1),), ((0, 1), (2, 3))], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_values_may_be_changed_by_hand(
+    pools: Pools, layout: Layout, level: str, tmp_path: Path
+) -> None:
+    world = 1 + max(rank for ranks in layout for rank in ranks)
+    pools.run(world, change_by_hand, layout, level, str(tmp_path))
+
+
 # ---- What is left when the ranks part
 
 

@@ -6,6 +6,8 @@ forwards are done, a buffer becomes the mean of its copies weighted by their row
 of its stage alike; running statistics of batch norms become those that the whole batch gives. So
 what does not depend on the rows, a count of batches say, is exactly what one device would have, a
 mean over rows is, too, and recomputing or looking back at a microbatch finds what it had seen.
+At last the processes that do not hold the stage are told, so that the model's buffers are up to
+date on all of them, whatever a script or another form of the model does with them.
 """
 
 from __future__ import annotations
@@ -112,6 +114,53 @@ class BufferUpdates:
             norm.update(seen, stage.written[mean_name], stage.written[variance_name])
 
 
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What processes that do not hold a stage hear of its buffers after a step.
+
+    Attributes:
+        buffers: those that a step changes and not all processes compute, alike everywhere.
+        own: the names of those that this process announces.
+    """
+
+    buffers: Mapping[str, torch.Tensor]
+    own: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, comm: Communicator, stages: Mapping[int, Stage], state: Mapping[str, torch.Tensor]
+    ) -> Announcement:
+        """Who announces what: the first of the ranks that know; all ranks do this together.
+
+        Args:
+            comm: the connections to the others.
+            stages: this process's stages by number.
+            state: the buffers of the whole model by name.
+        """
+        here = {name for stage in stages.values() for name in stage.written}
+        told: list[set[str]] = comm.all_gather_objects(here)
+        known: set[str] = set().union(*told)
+        changing = sorted(name for name in known if not all(name in names for names in told))
+        first = {n: next(r for r, names in enumerate(told) if n in names) for n in changing}
+        own = frozenset(name for name, rank in first.items() if rank == comm.rank)
+        return cls({name: state[name] for name in changing}, own)
+
+    @torch.no_grad()
+    def make(self, comm: Communicator) -> None:
+        """Tells and hears the new values; all ranks do this together."""
+        if not self.buffers:
+            return
+        # The sum of one process's bytes and the others' zeros is exact, for whatever type.
+        told = [
+            _bytes(buffer) if name in self.own else torch.zeros_like(_bytes(buffer))
+            for name, buffer in self.buffers.items()
+        ]
+        heard = comm.all_reduce(torch.cat(told)).split([len(one) for one in told])
+        for (name, buffer), value in zip(self.buffers.items(), heard, strict=True):
+            if name not in self.own:
+                buffer.copy_(value.clone().view(buffer.dtype).view(buffer.shape))
+
+
 class Registered:
     """A model's buffers where modules have them; a captured model goes on with the first ones."""
 
@@ -177,3 +226,7 @@ def _store(buffer: torch.Tensor, value: torch.Tensor) -> None:
     target = _plain(buffer)
     whole = not target.is_floating_point() and value.is_floating_point()
     target.copy_(value.round() if whole else value)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

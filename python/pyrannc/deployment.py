@@ -21,7 +21,7 @@ from ._stated import check_stated
 from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
 from .batch_norm import capturable_norms, place_part_norms
-from .buffers import Registered
+from .buffers import Announcement, Registered
 from .capture import Captured, capture
 from .comm import Communicator
 from .companions import synchronized_stages
@@ -344,7 +344,8 @@ class Deployment:
         executor = Executor(self.comm, stages, graph.values, groups, self.sharding, own)
         reduction = Reduction.of(executor, placement)
         talking = synchronized_stages(captured, placement)
-        return Variant(captured, graph, placement, executor, reduction, talking)
+        announcement = Announcement.of(self.comm, stages, captured.state)
+        return Variant(captured, graph, placement, executor, reduction, talking, announcement)
 
     @contextlib.contextmanager
     def _materialized(self) -> Iterator[None]:

@@ -105,6 +105,7 @@ class Runtime(Deployment):
         with self.comm.guard("bringing buffers together"):
             ranks = [stage.ranks for stage in variant.placement.stages]
             step.buffers.finish(self.comm, variant.executor.stages, ranks)
+            variant.announcement.make(self.comm)
         outputs = self._outputs(variant, step)
         if arrival.training:
             sources = [sources_of(tensor) for tensor in given]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from . import _core
     from .accumulation import Reduction
+    from .buffers import Announcement
     from .capture import Captured
     from .executor import Executor
 
@@ -144,6 +145,7 @@ class Variant:
         executor: runs this rank's part.
         reduction: adds up gradients that accumulated.
         talking: the stages whose replicas talk while they compute.
+        announcement: of buffers, after a step.
         companions: by a program's identity the program, and who runs what together in it.
         has_half: whether it computes in float16, where gradients that are not scaled vanish.
     """
@@ -154,6 +156,7 @@ class Variant:
     executor: Executor
     reduction: Reduction
     talking: frozenset[int]
+    announcement: Announcement
     companions: Recent[int, tuple[_core.Program, dict[tuple[int, int], list[int]]]] = field(
         default_factory=lambda: Recent(_MOST_PROGRAMS)
     )

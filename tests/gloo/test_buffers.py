@@ -218,17 +218,16 @@ def buffers_of_steps(
             bare.heat.add_(1)
         with torch.no_grad():
             bare(whole), wrapped(local)  # training mode, without gradients
-        held = dict(model.named_buffers())
-        own = [n for n in held if rank in wrapped._runtime.holders.ranks.get(n, ())]
-        for key in own:
-            torch.testing.assert_close(held[key], bare.get_buffer(key), **EXACT, msg=key)
+        held = dict(model.named_buffers())  # on all ranks, whichever stage uses them
+        for key, buffer in held.items():
+            torch.testing.assert_close(buffer, bare.get_buffer(key), **EXACT, msg=key)
     state = wrapped.state_dict()
     if rank == 0:
         for key, value in bare.state_dict().items():
             if key in dict(bare.named_buffers()):
                 torch.testing.assert_close(state[key], value, **EXACT)
     wrapped.undeploy()
-    return {key: held[key].clone() for key in own}
+    return {key: buffer.clone() for key, buffer in held.items()}
 
 
 WAYS = [

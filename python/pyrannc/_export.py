@@ -6,8 +6,9 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import sympy  # type: ignore[import-untyped]
@@ -20,8 +21,9 @@ from ._autocast import no_autocast
 from ._culprit import CustomBackward, Sites, Tracker
 from ._flat import module_path
 from ._lazy import compiled_when_called
+from ._left import Outcome, Settling
 from ._repeats import RealNeededError, traced_once
-from ._side_effects import Snapshot
+from ._side_effects import Changes, Left, Snapshot
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._structure import Structure, flatten
 from .errors import CaptureError
@@ -49,7 +51,7 @@ class Program:
         results: the structure of what the model returns.
         opaque_calls: parts that are called as they are, by the name of their operator.
         static_reason: why the program is valid only for this number of rows, if it is.
-        changed: plain attributes of modules that forward changes; in the program, constants.
+        left: what a call leaves in attributes of modules.
     """
 
     module: fx.GraphModule
@@ -60,7 +62,7 @@ class Program:
     results: Structure
     opaque_calls: dict[str, Opaque]
     static_reason: str | None
-    changed: tuple[str, ...]
+    left: Left
 
     @property
     def dynamic(self) -> bool:
@@ -92,14 +94,14 @@ class FlatModel(torch.nn.Module):
             )
             before.keep_buffers()
         finally:
-            self._noted.changed = before.restore()
+            self._noted.changes = before.restore()
         self._noted.results = structure
         return tuple(results)
 
     @property
-    def changed(self) -> tuple[str, ...]:
-        """Plain attributes of modules that the last forward changed."""
-        return tuple(self._noted.changed or ())
+    def changes(self) -> Changes:
+        """What the last forward changed in attributes of modules."""
+        return self._noted.changes
 
     @property
     def results(self) -> Structure:
@@ -108,11 +110,12 @@ class FlatModel(torch.nn.Module):
         return self._noted.results
 
 
+@dataclass(slots=True)
 class _Noted:
     """What a forward left behind."""
 
     results: Structure | None = None
-    changed: list[str] | None = None
+    changes: Changes = field(default_factory=Changes)
 
 
 def export(
@@ -158,7 +161,7 @@ def export(
                 flat.results,
                 calls,
                 static_reason,
-                flat.changed,
+                exporter.left,
             )
     module, state = exporter.export(tensors, rows, dynamic=False)
     calls = exporter.sites.calls
@@ -172,12 +175,17 @@ def export(
         flat.results,
         calls,
         static_reason,
-        flat.changed,
+        exporter.left,
     )
 
 
 class _Exporter:
-    """Exports a model, again and again until nothing is left that stops the exporter."""
+    """Exports a model, again and again until nothing is left that stops the exporter.
+
+    Attributes:
+        sites: the parts that are called as they are.
+        left: what a call leaves in attributes of modules.
+    """
 
     def __init__(
         self,
@@ -186,6 +194,7 @@ class _Exporter:
         candidates: set[int],
     ) -> None:
         self.sites = Sites(model)
+        self.left = Left()
         self._model = model
         self._flat = flat
         self._candidates = candidates
@@ -201,18 +210,27 @@ class _Exporter:
             dynamic: whether it should serve other batch sizes.
         """
         tracker = Tracker()
+
+        def again() -> Outcome:
+            traced = self._traced(tracker, self._copies(tensors, rows), candidates)
+            return self._flat.changes, _text(*traced)
+
+        candidates = self._candidates if dynamic else set()
         if self.sites:
             self._observe(tensors, rows)
         cause: Exception | None = None
         while True:
             try:
                 copies = self._copies(tensors, rows)
-                candidates = self._candidates if dynamic else set()
                 module, state = self._traced(tracker, copies, candidates)
                 drawing = self._own(tracker.drawing)
                 unknown = _unknown_sizes(module)
                 if not unknown and not drawing:
-                    return module, state
+                    changes = self._flat.changes
+                    if not changes.any:
+                        return module, state
+                    self.left = Settling(self._model, changes, again).left()
+                    return self._traced(tracker, self._copies(tensors, rows), candidates)
                 if unknown:
                     self.sites.add_module(self._around(unknown))
                 else:
@@ -386,6 +404,19 @@ def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, di
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)
     return program.graph_module, state
+
+
+def _text(module: fx.GraphModule, state: dict[str, Any]) -> str:
+    """A text that is equal for programs that compute the same, in the same order."""
+    lines = [f"{node.name} {node.op} {node.target} {node.args}" for node in module.graph.nodes]
+    lines += [f"{node.kwargs}" for node in module.graph.nodes if node.kwargs]
+    constants = {**module.__dict__, **state}
+    lines += [
+        f"{name} {value.tolist()}"
+        for name, value in constants.items()
+        if isinstance(value, torch.Tensor) and name.rpartition(".")[2].startswith("lifted_tensor")
+    ]
+    return re.sub(r"call_\d+", "call", "\n".join(lines))  # of opaque parts: other ones every time
 
 
 def _batch_symbols(module: fx.GraphModule) -> dict[int, sympy.Symbol]:

@@ -2,8 +2,10 @@
 
 Numbers, flags and texts among the attributes of modules are constants of a captured model, and
 what forward hooks do to tensors is part of it. So a model whose attributes or hooks have changed
-since is captured again. Parts that were left whole do not count: they run as they are. Submodules
-and parameters, however, were placed, and must stay the same objects.
+since is captured again. Attributes that forward changes and that change nothing do not count;
+private ones count where a forward goes on with what another one left in them. Parts that were left
+whole do not count: they run as they are. Submodules and parameters, however, were placed, and must
+stay the same objects.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ._side_effects import original
 from .batch_norm import check_groups
 from .errors import RaNNCError
 from .guards import is_guard
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
     import torch
+
+    from ._side_effects import Left
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +42,38 @@ class _Part:
         self._attributes = module.__dict__
         self._children = list(module._modules.values())
         self._parameters = [id(parameter) for parameter in module._parameters.values()]
+        self._state: set[str] = set()
+        self._written: set[str] = set()
         self._look()
+
+    def settle(self, state: set[str], written: set[str]) -> bool:
+        """Takes note of what forwards leave in attributes; whether that is news."""
+        if state <= self._state and written <= self._written:
+            return False
+        self._state |= state
+        self._written |= written
+        self._look()
+        return True
 
     def _look(self) -> None:
         self._size = len(self._attributes)
         self._names = [
-            name
-            for name, value in self._attributes.items()
-            if type(value) in _PLAIN and name[0] != "_" and name != "training"
+            name for name, value in self._attributes.items() if self._counts(name, value)
         ]
+
+    def _counts(self, name: str, value: Any) -> bool:
+        if name in self._state:
+            return True
+        if name in self._written or name[0] == "_" or name == "training":
+            return False
+        return type(original(value)) in _PLAIN
 
     def values(self) -> list[Any]:
         """The plain attributes, and how many hooks there are."""
         attributes = self._attributes
         if len(attributes) != self._size:
             self._look()
-        found = [attributes.get(name) for name in self._names]
+        found = [original(attributes.get(name)) for name in self._names]
         kinds = [attributes[kind] for kind in _HOOKS]
         if any(kinds):
             counts = [sum(not is_guard(hook) for hook in hooks.values()) for hooks in kinds]
@@ -112,6 +133,17 @@ class Form:
             self._last = found
             self._digest = _number(repr(found))
         return self._digest
+
+    def settle(self, left: Left) -> bool:
+        """Takes note of what a form's calls leave in attributes; whether that is news."""
+        news = False
+        for part in self._parts:
+            state = {name for path, name in left.state if path == part.path}
+            written = {n for path, n in [*left.written, *left.counted] if path == part.path}
+            news |= part.settle(state, written)
+        if news:
+            self._last = {}
+        return news
 
     def _tell(self, found: dict[int, list[Any]]) -> None:
         changed = [

@@ -28,6 +28,7 @@ from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure
 from ._opaque import Opaque
 from ._rows import RowAnalysis, analyse, getattr_path, is_random
+from ._side_effects import Left, dotted, revealed
 from ._sizes import ROWS
 from ._stated import state
 from ._structure import Structure, flatten
@@ -59,7 +60,7 @@ class Captured:
             all processes are the stages' denominators.
         static_rows: the only number of rows the capture is valid for; `None` for any.
         batch_inputs: positions of the tensors, among the graph's inputs, that hold rows.
-        changed: plain attributes of modules that forward changes, and that are constants here.
+        left: what a call leaves in attributes of modules.
     """
 
     graph_json: str
@@ -71,7 +72,7 @@ class Captured:
     denominators: list[Denominator]
     static_rows: int | None
     batch_inputs: list[int]
-    changed: tuple[str, ...]
+    left: Left
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
@@ -164,10 +165,10 @@ def capture(
         message = "the batch is empty, and a model is captured with its first"
         raise CaptureError(message, "pass at least one row the first time")
     call = _Call(model, tensors, names, structure, rows)
-    with _uncollected():
+    with _uncollected(), revealed(model):
         captured = _splittable(call, output_reduction)
-    for name in captured.changed:
-        logger.warning("`%s` changes in forward; captured, it is a constant", name)
+    for place in captured.left.constants:
+        logger.warning("`%s` changes in forward; captured, it is a constant", dotted(place))
     return captured
 
 
@@ -256,7 +257,7 @@ def _captured(
         denominators=rewriter.denominators,
         static_rows=rows if program.static_reason is not None else None,
         batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
-        changed=program.changed,
+        left=program.left,
         _arguments=structure,
         _description=_describe(tensors, structure),
         _results=program.results,

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
 from ._form import Form
+from ._side_effects import reveal
 from ._stated import check_stated
 from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
@@ -271,9 +272,13 @@ class Deployment:
             return Mode.of(self.model, self.dropout, form)
 
     def _keep(self, kind: Kind, variant: Variant) -> None:
-        """Keeps a variant; attributes of parts that it leaves whole do not count from now on."""
+        """Keeps a variant; what it tells about attributes counts from now on.
+
+        Those of parts that it leaves whole do not count.
+        """
         whole = variant.captured.whole_modules()
-        if not whole <= self._whole:
+        news = self._form.settle(variant.captured.left)
+        if news or not whole <= self._whole:
             self._whole |= whole
             form = self._form.digest(self._whole)
             kind = dataclasses.replace(kind, mode=dataclasses.replace(kind.mode, form=form))
@@ -373,6 +378,7 @@ class Deployment:
             self._give_back()
         self.closed = True
         self._variants.clear()
+        reveal(self.model)
         if self.whole_optimizer is not None and self.deployed:
             self.whole_optimizer.undeploy(self.holders)
         if self.deployed:

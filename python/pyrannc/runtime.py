@@ -111,6 +111,7 @@ class Runtime(Deployment):
             sources = [sources_of(tensor) for tensor in given]
             finish = Finish(self, variant, program, step, arrival, sources, reduce, scale)
             outputs = finish.attach(inputs, outputs)
+        variant.captured.left.apply(self.model)
         return variant.captured.unflatten_outputs(outputs)
 
     def _companions(

@@ -20,7 +20,6 @@ from tests.gloo.test_equivalence import EXACT
 from tests.gloo.training import Setup, train_with_rannc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tests.gloo.pool import Pools

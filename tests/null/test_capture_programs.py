@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyrannc._side_effects import Left, reveal
 from pyrannc.capture import capture
 from pyrannc.errors import CaptureError
 from tests.null.capturing import Graph, captured_graph, check_against_bare, check_parts
@@ -149,18 +151,6 @@ def test_the_users_input_may_be_written_to() -> None:
     torch.testing.assert_close(result, (before + 1) * 2)
 
 
-def test_counters_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    def counting(model: Program, x: Tensor) -> Tensor:
-        model.count += 1
-        return model.second(x)
-
-    model = Program(counting)
-    with caplog.at_level(logging.WARNING, "pyrannc"):
-        capture(model, (torch.randn(4, 3),))
-    assert "`count` changes in forward" in caplog.text
-    assert model.count == 0
-
-
 class Sorting(nn.Module):
     """Mixes rows and puts them back in order, and counts its calls."""
 
@@ -174,9 +164,143 @@ class Sorting(nn.Module):
         return torch.zeros_like(x).index_copy(0, order, x[order] * 2)
 
 
-def test_counters_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """However often capture is tried, and not those of parts that run as they are."""
+def _leaving(function: Callable[[Program, Tensor], Any]) -> tuple[Program, Left]:
+    """The model after a capture, and what a call of it leaves."""
+    model = Program(function)
+    before = dict(model.__dict__)
+    left = capture(model, (torch.randn(4, 3),)).left
+    assert model.__dict__ == before
+    return model, left
 
+
+def test_a_counter_that_changes_nothing_is_counted() -> None:
+    def counting(model: Program, x: Tensor) -> Tensor:
+        model.count += 2
+        return model.second(x)
+
+    model, left = _leaving(counting)
+    assert left == Left(counted={("", "count"): 2})
+    left.apply(model)
+    left.apply(model)
+    assert model.count == 4
+
+
+def test_a_counter_that_will_change_something_is_state() -> None:
+    def warming_up(model: Program, x: Tensor) -> Tensor:
+        model.count += 1
+        return model.second(x) if model.count > 1000 else x
+
+    def growing(model: Program, x: Tensor) -> Tensor:
+        model.count += 1
+        return model.second(x) * model.count
+
+    for function in (warming_up, growing):
+        model, left = _leaving(function)
+        assert left == Left(state={("", "count"): 1})
+        left.apply(model)
+        assert model.count == 1
+
+
+def test_a_flag_that_changes_nothing_is_set() -> None:
+    def noting(model: Program, x: Tensor) -> Tensor:
+        if not model.count:
+            model.count = True
+        return model.second(x)
+
+    _, left = _leaving(noting)
+    assert left == Left(written={("", "count"): True})
+
+
+def test_what_is_written_before_it_is_read_is_no_state() -> None:
+    def sizing(model: Program, x: Tensor) -> Tensor:
+        model.count, model.width = x.shape[1], (x.shape[1], "wide")
+        return model.second(x) * model.count
+
+    _, left = _leaving(sizing)
+    assert left == Left(written={("", "count"): 4, ("", "width"): (4, "wide")})
+
+
+def test_a_tensor_kept_for_inspection_is_absent_afterwards() -> None:
+    model, left = _leaving(_kept_tensor)
+    assert left == Left(absent=(("", "kept"),))
+    left.apply(model)
+    left.apply(model)
+    uses: list[Callable[[Any], object]] = [
+        torch.sum, bool, str, lambda kept: kept + 1, lambda kept: 1 + kept, lambda kept: kept.shape,
+        lambda kept: kept[0], lambda kept: torch.ones(()) * kept,
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(CaptureError, match=r"`kept` is what.*\n.*have forward return it"):
+            use(model.kept)
+    assert copy.deepcopy(model).kept is None
+    assert repr(model.kept) == "<what forward left in `kept`>"
+    assert capture(model, (torch.randn(4, 3),)).left == left
+    reveal(model)
+    assert model.kept is None
+
+
+def test_a_tensor_made_once_is_made_in_every_call() -> None:
+    def caching(model: Program, x: Tensor) -> Tensor:
+        if model.kept is None or model.count < x.shape[1]:
+            model.kept, model.count = torch.arange(x.shape[1], dtype=x.dtype), x.shape[1]
+        return model.second(x) + model.kept
+
+    model, left = _leaving(caching)
+    assert left.absent == (("", "kept"),)
+    assert left.state == {}
+    left.apply(model)
+    check_against_bare(model, captured_graph(model, torch.randn(4, 3)), (torch.randn(4, 3),), {})
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_what_a_call_goes_on_with_is_refused(pair: bool) -> None:
+    def carrying(model: Program, x: Tensor) -> Tensor:
+        before: Any = model.kept
+        if before is not None:
+            x = x + (before[0] if pair else before)
+        model.kept = (x.detach(), x.sum()) if pair else x.detach()  # type: ignore[assignment]
+        return model.second(x)
+
+    def averaging(model: Program, x: Tensor) -> Tensor:
+        model.kept = x.mean() if model.kept is None else model.kept * 0.9 + x.mean() * 0.1
+        return model.second(x) - model.kept
+
+    for function in (carrying, averaging):
+        model = Program(function)
+        with pytest.raises(CaptureError, match=r"goes on with what an earlier.*`kept`.*\n.*return"):
+            capture(model, (torch.randn(4, 3),))
+        assert model.kept is None
+
+
+def test_contents_of_lists_are_put_back_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    def listing(model: Program, x: Tensor) -> Tensor:
+        model.history.append(x)
+        return model.second(x)
+
+    model = Program(listing)
+    model.history = []
+    with caplog.at_level(logging.WARNING, "pyrannc"):
+        capture(model, (torch.randn(4, 3),))
+    assert model.history == []
+    assert caplog.messages == ["`history` changes in forward; captured, it is a constant"]
+
+
+def test_hooks_of_a_forward_are_put_back() -> None:
+    def hooking(model: Program, x: Tensor) -> Tensor:
+        if not hasattr(model, "_hooked"):
+            model.second.register_forward_hook(lambda module, args, result: result * 2)
+            model._hooked = True
+        return model.second(x)
+
+    model, left = _leaving(hooking)
+    assert not model.second._forward_hooks
+    assert left == Left()
+    x = torch.randn(4, 3)
+    bare = Program(hooking)
+    check_against_bare(model, captured_graph(model, x), (x,), {}, bare=bare)
+
+
+def test_counters_of_parts_that_run_as_they_are_do_not_count() -> None:
     def balanced(model: Program, x: Tensor) -> Tensor:
         model.count += 1
         chosen = model.second(model.sorting(x)).softmax(-1).mean(0)
@@ -184,12 +308,10 @@ def test_counters_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
 
     model = Program(balanced)
     model.sorting = Sorting()
-    with caplog.at_level(logging.WARNING, "pyrannc"):
-        captured = capture(model, (torch.randn(4, 3),), output_reduction="mean")
+    captured = capture(model, (torch.randn(4, 3),), output_reduction="mean")
     assert captured.static_rows is None
     assert captured.runs_submodules
-    told = [text for text in caplog.messages if "changes in forward" in text]
-    assert told == ["`count` changes in forward; captured, it is a constant"]
+    assert captured.left == Left(counted={("", "count"): 1})
 
 
 def test_statistics_of_the_batch_in_buffers_forbid_parts() -> None:

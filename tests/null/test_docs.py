@@ -43,5 +43,14 @@ def test_the_readme_shows_the_program_that_is_tested() -> None:
 @pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(document: Path) -> None:
     targets = [part.partition(")")[0] for part in document.read_text().split("](")[1:]]
-    missing = [t for t in targets if "://" not in t and not (document.parent / t).exists()]
-    assert missing == []
+    assert [t for t in targets if "://" not in t and not exists(document, t)] == []
+
+
+def exists(document: Path, target: str) -> bool:
+    """Whether there is such a file, and such a heading in it if it names one."""
+    path, _, heading = target.partition("#")
+    file = document.parent / path if path else document
+    if not heading or not file.exists():
+        return file.exists()
+    titles = [line.lstrip("# ") for line in file.read_text().splitlines() if line[:1] == "#"]
+    return heading in [title.lower().replace(" ", "-") for title in titles]

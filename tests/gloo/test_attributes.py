@@ -1,0 +1,112 @@
+"""What a forward leaves in plain attributes: as one call of the bare model would have left it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import pyrannc
+from tests.gloo.layouts import Layout, config, deployment, share
+from tests.gloo.test_equivalence import EXACT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.gloo.pool import Pools
+
+pytestmark = [pytest.mark.gloo]
+
+
+class Annealed(nn.Module):
+    """Between two layers something that depends on how many calls there were, in steps of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.calls = self.evaluations = 0
+        self._warm = False
+        self.width: int | None = None
+        self.seen: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            self._warm = self._warm or self.calls > 2
+        else:
+            self.evaluations += 1
+        self.width = x.shape[1]
+        self.seen = torch.tanh(self.first(x))
+        hidden = self.seen / self.width if self._warm else self.seen
+        return self.last(hidden) * (1 + self.calls // 2)
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    return Annealed().double()
+
+
+def plain(model: Any) -> list[Any]:
+    return [model.calls, model.evaluations, model._warm, model.width]
+
+
+def anneal(layout: Layout, folder: str) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    bare, model = make(), make()
+    mine = torch.optim.SGD(model.parameters(), lr=0.1)
+    theirs = torch.optim.SGD(bare.parameters(), lr=0.1)
+    file = deployment(make, (share(x),), layout, folder)
+    wrapped = pyrannc.RaNNCModule(model, mine, load_deployment=file, config=config(len(layout), 2))
+    for step in range(5):
+        expected = bare(x)
+        found = wrapped(share(x))
+        torch.testing.assert_close(found, share(expected), **EXACT)
+        assert plain(model) == plain(bare)
+        for optimizer, output in ((mine, found), (theirs, expected)):
+            optimizer.zero_grad()
+            output.square().mean().backward()
+            optimizer.step()
+        if step == 1:
+            bare.eval(), wrapped.eval()
+            with torch.no_grad():
+                torch.testing.assert_close(wrapped(share(x)), share(bare(x)), **EXACT)
+            bare.train(), wrapped.train()
+            assert plain(model) == plain(bare)
+    with pytest.raises(pyrannc.RaNNCError, match=r"`seen` is what.*\n.*have forward return it"):
+        assert model.seen.sum() > 0
+    wrapped.undeploy()
+    assert model.seen is None
+
+
+@pytest.mark.parametrize("layout", [((0,),), ((0,), (1,)), ((0, 1),), ((0,), (1, 2, 3))], ids=str)
+def test_attributes_change_as_without_rannc(pools: Pools, layout: Layout, tmp_path: Path) -> None:
+    world = 1 + max(rank for ranks in layout for rank in ranks)
+    pools.run(world, anneal, layout, str(tmp_path))
+
+
+class Carrying(nn.Module):
+    """A recurrent model that goes on where the last call ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+        self.state: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, (hidden, memory) = self.cell(x, self.state)
+        self.state = hidden.detach(), memory.detach()
+        return self.last(out)
+
+
+def carry() -> None:
+    wrapped = pyrannc.RaNNCModule(Carrying(), config=config(2))
+    told = r"goes on with what an earlier call left in `state`.*\n.*as an argument and return it"
+    with pytest.raises(pyrannc.RaNNCError, match=told):
+        wrapped(torch.ones(4, 3, 4))
+    wrapped.undeploy()
+
+
+def test_what_a_call_goes_on_with_is_refused(pools: Pools) -> None:
+    pools.run(2, carry)

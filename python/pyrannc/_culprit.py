@@ -104,6 +104,17 @@ class Sites:
             self._modules.pop(inner, None)
         self._modules[module] = Site(type(module).__name__, module.forward, module)
 
+    @property
+    def paths(self) -> list[str]:
+        """The submodules among them."""
+        names = {module: name for name, module in self._model.named_modules()}
+        return [names[module] for module in self._modules]
+
+    def note_restless(self, path: str) -> None:
+        """Takes note that a submodule, which is a part or in one, changes its attributes."""
+        for module, site in self._modules.items():
+            site.is_restless |= self._model.get_submodule(path) in set(module.modules())
+
     def observe(self, run: Callable[[int], Any], sizes: tuple[int, ...]) -> None:
         """Runs the model for real at some batch sizes; leaves it as it was.
 

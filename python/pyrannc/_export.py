@@ -194,7 +194,7 @@ class _Exporter:
         candidates: set[int],
     ) -> None:
         self.sites = Sites(model)
-        self.left = Left()
+        self.left = self._left_by_sites = Left()
         self._model = model
         self._flat = flat
         self._candidates = candidates
@@ -227,9 +227,10 @@ class _Exporter:
                 unknown = _unknown_sizes(module)
                 if not unknown and not drawing:
                     changes = self._flat.changes
+                    self.left = self._left_by_sites
                     if not changes.any:
                         return module, state
-                    self.left = Settling(self._model, changes, again).left()
+                    self.left = Settling(self._model, changes, again).left().with_part(self.left)
                     return self._traced(tracker, self._copies(tensors, rows), candidates)
                 if unknown:
                     self.sites.add_module(self._around(unknown))
@@ -306,11 +307,26 @@ class _Exporter:
         return self._model.get_submodule(".".join(common))
 
     def _observe(self, tensors: list[torch.Tensor], rows: int) -> None:
+        """Runs the model for real, so that the sites see what they are given, and settles them."""
         other = max(2, rows // 2) if rows >= 4 else 2 * rows
+        seen: dict[int, Changes] = {}
+
+        def run(count: int) -> None:
+            self._flat(*self._copies(tensors, count))
+            seen[count] = self._flat.changes.within(self.sites.paths)
+
+        def again() -> Outcome:
+            self.sites.observe(run, (rows,))
+            return seen[rows], ""
+
         with no_autocast():
-            self.sites.observe(
-                lambda count: self._flat(*self._copies(tensors, count)), (rows, other)
-            )
+            self.sites.observe(run, (rows, other))
+            self._left_by_sites = Left()
+            if seen[rows].any:
+                self._left_by_sites = Settling(self._model, seen[rows], again).left().unfollowed()
+                for path, _ in seen[rows].places:
+                    self.sites.note_restless(path)
+                self.sites.observe(run, (rows, other))
 
 
 def _known_cause(failure: BaseException | None) -> CaptureError | CustomBackward | None:

@@ -115,9 +115,13 @@ class Settling:
             return True, None
         if not (_is_number(before) and _is_number(after) and _is_number(changes.values[place])):
             return False, None
-        growth = after - before
-        _, later = self._with({place: after + _FAR})
-        return changes.values[place] - after == growth and later == self._usual, growth
+        growth, far = after - before, after + _FAR
+        later, text = self._with({place: far})
+        steady = all(
+            changed.values.get(place) == value + growth
+            for changed, value in ((changes, after), (later, far))
+        )
+        return steady and text == self._usual, growth
 
     def _with(self, values: Mapping[Place, Any]) -> Outcome:
         """What comes of other values; nothing that is ever usual if the forward fails."""

@@ -105,6 +105,7 @@ class Site:
         name: how it is called in the graph.
         function: the part itself.
         module: the submodule, if it is one.
+        is_restless: whether it changes attributes of its own.
         calls: its calls during the last export, by the name of their operator.
     """
 
@@ -114,6 +115,7 @@ class Site:
         self.name = name
         self.function = function
         self.module = module
+        self.is_restless = False
         self.calls: dict[str, Opaque] = {}
         self._observed: dict[int, list[Observation]] = {}
         self._next_call = 0

@@ -15,6 +15,7 @@ from torch import fx
 from . import _host_random
 from ._flat import positional
 from ._layout import NONE, Layout, MixesRows, Split, placed
+from ._side_effects import Rewinding
 from ._sizes import at
 
 if TYPE_CHECKING:
@@ -63,15 +64,17 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
     whole = dict(zip(nodes, seen.inputs, strict=True))
     singles = [(row, row + 1) for row in range(min(seen.rows, _MAX_SINGLE_ROWS))]
     parts = (*singles, (0, seen.rows // 2), (seen.rows // 2, seen.rows))
+    rewinding = Rewinding([target.site.module] if target.site.module is not None else [])
 
     def run(values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         given = [values[node].detach().clone() for node in nodes]
-        # As microbatches do, each run starts from the buffers as they are.
+        # As microbatches do, each run starts from the buffers and attributes as they are.
         state = [
             tensor if isinstance(tensor, torch.nn.Parameter) else tensor.detach().clone()
             for tensor in target.site.state
         ]
-        with torch.random.fork_rng(), _host_random.kept(), torch.enable_grad():
+        rewound = rewinding.of(0)
+        with torch.random.fork_rng(), _host_random.kept(), torch.enable_grad(), rewound:
             torch.manual_seed(0)
             _host_random.seed(0)
             results = target(given, state)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
@@ -19,13 +20,15 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 Place: TypeAlias = tuple[str, str]
 """The path of a module, and the name of one of its attributes."""
 
 _PLAIN = (bool, int, float, str, type(None))
 _OWN = ("_parameters", "_modules", "_buffers")
+_MOST_STEPS = 64
+"""Whose beginning is remembered while their backwards may still compute something again."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -144,6 +147,16 @@ def revealed(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Puts all attributes back as they were before the body."""
+    before = Snapshot(model)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@contextlib.contextmanager
 def replaced(model: torch.nn.Module, values: Mapping[Place, Any]) -> Iterator[None]:
     """Has other values in attributes while the body runs."""
     before = {place: _attributes(model, place).get(place[1], _NOTHING) for place in values}
@@ -189,6 +202,20 @@ class Left:
     absent: tuple[Place, ...] = ()
     constants: tuple[Place, ...] = ()
 
+    def unfollowed(self) -> Left:
+        """The same for a part that no capture tells what becomes of its state."""
+        return replace(self, state={}, constants=(*self.constants, *self.state))
+
+    def with_part(self, other: Left) -> Left:
+        """What a call leaves in all, where a part of the model leaves something, too."""
+        return Left(
+            {**self.state, **other.state},
+            {**self.written, **other.written},
+            {**self.counted, **other.counted},
+            self.absent + other.absent,
+            self.constants + other.constants,
+        )
+
     def apply(self, model: torch.nn.Module) -> None:
         """Changes the attributes as a call of the bare model does, as far as that is known."""
         for place, value in [*self.state.items(), *self.written.items()]:
@@ -215,6 +242,24 @@ class Changes:
     values: Mapping[Place, Any] = field(default_factory=dict)
     contents: tuple[Place, ...] = ()
     hooked: bool = False
+
+    def within(self, paths: Iterable[str]) -> Changes:
+        """Those of some submodules and of what they hold."""
+        outer = [path + "." if path else "" for path in paths]
+
+        def inside(place: Place) -> bool:
+            return any((place[0] + ".").startswith(path) for path in outer)
+
+        return Changes(
+            {place: value for place, value in self.values.items() if inside(place)},
+            tuple(place for place in self.contents if inside(place)),
+            self.hooked,
+        )
+
+    @property
+    def places(self) -> list[Place]:
+        """Where."""
+        return [*self.values, *self.contents]
 
     @property
     def any(self) -> bool:
@@ -268,6 +313,35 @@ class Snapshot:
             module._buffers.clear()
             module._buffers.update(buffers)
         return Changes(values, tuple(contents), hooked)
+
+
+class Rewinding:
+    """Has every microbatch of a step find the attributes with which the step began.
+
+    What a call leaves in them in the end, `Left` says.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        """For modules that run as they are and change their attributes."""
+        self._modules = modules
+        self._began: OrderedDict[int, list[Snapshot]] = OrderedDict()
+
+    @contextlib.contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """Runs the body with the attributes that a step, by its seed, began with."""
+        if not self._modules:
+            yield
+            return
+        now = [Snapshot(module) for module in self._modules]
+        for snapshot in self._began.setdefault(step, now):
+            snapshot.restore()
+        if len(self._began) > _MOST_STEPS:
+            self._began.popitem(last=False)
+        try:
+            yield
+        finally:
+            for snapshot in now:
+                snapshot.restore()
 
 
 def _contents(module: torch.nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
 from ._form import Form
-from ._side_effects import reveal
+from ._side_effects import reveal, unchanged
 from ._stated import check_stated
 from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
@@ -128,7 +128,7 @@ class Deployment:
         check_stated(self.output_reduction, captured.output_names, by_rows)
         if self.check_unused_values:
             refuse_unused(captured, graph, self.parameters)
-        with streams.undisturbed(self.comm.device):
+        with streams.undisturbed(self.comm.device), unchanged(self.model):
             self.plan = planning.make_plan(
                 self.comm,
                 captured,

@@ -153,7 +153,7 @@ class Executor:
         in_flight = []
         written = step.buffers.begin(stage)
         self._meet(action, step)
-        with self.streams.of(step.seed, action.stage, action.microbatch):
+        with self._as_begun(action, step):
             for unit, needed in zip(stage.units, stage.needed, strict=True):
                 with self.sharding.gathered(unit.parameters):
                     state = self._run_unit(unit, values, written, action, step)
@@ -165,6 +165,15 @@ class Executor:
             step._in_flight[action.stage, action.microbatch] = in_flight
         for value in stage.outputs:
             step.slots[action.value_slot(value)] = values[value]
+
+    @contextlib.contextmanager
+    def _as_begun(self, action: Action, step: Step) -> Iterator[None]:
+        """Has the body draw a microbatch's random numbers, and find attributes as they were."""
+        with (
+            self.streams.of(step.seed, action.stage, action.microbatch),
+            self.stages[action.stage].rewinding.of(step.seed),
+        ):
+            yield
 
     def _run_unit(
         self,
@@ -218,8 +227,7 @@ class Executor:
             if seed is not None:
                 gradients[value] = seed
         received = {value: leaf for state in in_flight for value, leaf in state.leaves.items()}
-        drawn = self.streams.of(step.seed, action.stage, action.microbatch)  # what is recomputed
-        with drawn:
+        with self._as_begun(action, step):  # what is recomputed
             for unit in reversed(stage.units):
                 with self.sharding.gathered(unit.parameters):
                     self._differentiate(unit, in_flight.pop(), gradients, step)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._cut import Part, cut
+from ._opaque import Opaque
+from ._side_effects import Rewinding
 from .batch_norm import norms_of
 from .errors import CaptureError
 
@@ -29,6 +31,7 @@ class StageModule:
         buffers: the buffers that it uses, and tensors that capture found in the model's code.
         written: those of the buffers that it writes to.
         norms: its batch norms that see parts of the batch.
+        restless: submodules that run as they are and change attributes of their own.
         module: the operators.
     """
 
@@ -40,6 +43,11 @@ class StageModule:
         self.buffers: dict[str, torch.Tensor] = {}
         self.written: dict[str, torch.Tensor] = {}
         self.norms = norms_of(part.module)
+        self.restless = [
+            operator.site.module
+            for operator in part.module.modules()
+            if isinstance(operator, Opaque) and operator.site.is_restless
+        ]
         self._extras = part.extras
         self._denominator_dtypes = part.denominator_dtypes
 
@@ -84,12 +92,14 @@ class Stage:
         outputs: ids of the values it gives.
         units: its parts, each with values that the others give.
         needed: for each unit, ids of the values that are still needed after it.
+        rewinding: of attributes that its parts change.
     """
 
     inputs: list[int]
     outputs: list[int]
     units: list[StageModule]
     needed: list[set[int]]
+    rewinding: Rewinding
 
     @classmethod
     def build(cls, captured: Captured, placed: _core.PlacedStage) -> Stage:
@@ -102,7 +112,9 @@ class Stage:
         needed = [set(placed.outputs)]
         for module in reversed(units[1:]):
             needed.append(needed[-1].union(module.inputs))
-        return cls(placed.inputs, placed.outputs, units, needed[::-1])
+        restless = dict.fromkeys(module for unit in units for module in unit.restless)
+        rewinding = Rewinding([module for module in restless if module is not None])
+        return cls(placed.inputs, placed.outputs, units, needed[::-1], rewinding)
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

@@ -43,21 +43,47 @@ class Annealed(nn.Module):
         return self.last(hidden) * (1 + self.calls // 2)
 
 
-def make() -> nn.Module:
+class Alternating(nn.Module):
+    """Decides by what tensors hold, so that no graph shows it, and by the number of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.seen: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen = x * 2
+        return self.seen if x.sum().isnan() else x * (-1) ** self.calls
+
+
+class Hidden(Annealed):
+    """The same around something that runs as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Alternating()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.inner(x))
+
+
+def make(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return Annealed().double()
+    return kind().double()
 
 
 def plain(model: Any) -> list[Any]:
-    return [model.calls, model.evaluations, model._warm, model.width]
+    inner = [model.inner.calls] if hasattr(model, "inner") else []
+    return [model.calls, model.evaluations, model._warm, model.width, *inner]
 
 
-def anneal(layout: Layout, folder: str) -> None:
+def anneal(kind: type[nn.Module], layout: Layout, folder: str) -> None:
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    bare, model = make(), make()
+    bare, model = make(kind), make(kind)
     mine = torch.optim.SGD(model.parameters(), lr=0.1)
     theirs = torch.optim.SGD(bare.parameters(), lr=0.1)
-    file = deployment(make, (share(x),), layout, folder)
+    file = deployment(lambda: make(kind), (share(x),), layout, folder)
     wrapped = pyrannc.RaNNCModule(model, mine, load_deployment=file, config=config(len(layout), 2))
     for step in range(5):
         expected = bare(x)
@@ -76,14 +102,20 @@ def anneal(layout: Layout, folder: str) -> None:
             assert plain(model) == plain(bare)
     with pytest.raises(pyrannc.RaNNCError, match=r"`seen` is what.*\n.*have forward return it"):
         assert model.seen.sum() > 0
+    if kind is Hidden:
+        with pytest.raises(pyrannc.RaNNCError, match=r"`inner.seen` is what"):
+            assert model.inner.seen.sum() > 0
     wrapped.undeploy()
     assert model.seen is None
 
 
 @pytest.mark.parametrize("layout", [((0,),), ((0,), (1,)), ((0, 1),), ((0,), (1, 2, 3))], ids=str)
-def test_attributes_change_as_without_rannc(pools: Pools, layout: Layout, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Annealed, Hidden])
+def test_attributes_change_as_without_rannc(
+    pools: Pools, kind: type[nn.Module], layout: Layout, tmp_path: Path
+) -> None:
     world = 1 + max(rank for ranks in layout for rank in ranks)
-    pools.run(world, anneal, layout, str(tmp_path))
+    pools.run(world, anneal, kind, layout, str(tmp_path))
 
 
 class Carrying(nn.Module):

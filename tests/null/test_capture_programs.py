@@ -300,7 +300,7 @@ def test_hooks_of_a_forward_are_put_back() -> None:
     check_against_bare(model, captured_graph(model, x), (x,), {}, bare=bare)
 
 
-def test_counters_of_parts_that_run_as_they_are_do_not_count() -> None:
+def test_parts_that_run_as_they_are_leave_something_too() -> None:
     def balanced(model: Program, x: Tensor) -> Tensor:
         model.count += 1
         chosen = model.second(model.sorting(x)).softmax(-1).mean(0)
@@ -311,7 +311,8 @@ def test_counters_of_parts_that_run_as_they_are_do_not_count() -> None:
     captured = capture(model, (torch.randn(4, 3),), output_reduction="mean")
     assert captured.static_rows is None
     assert captured.runs_submodules
-    assert captured.left == Left(counted={("", "count"): 1})
+    assert captured.left == Left(counted={("", "count"): 1, ("sorting", "count"): 1})
+    assert (model.count, model.sorting.count) == (0, 0)
 
 
 def test_statistics_of_the_batch_in_buffers_forbid_parts() -> None:

@@ -29,20 +29,21 @@ class Tracker:
 
     Attributes:
         running: the submodules whose forward has begun and not ended, outermost first.
-        drawing: those whose own forward drew from Python's or NumPy's generator.
+        drew: whether anything drew from Python's or NumPy's generator.
+        drawing: the submodules whose own forward did, if somebody wants to know which.
     """
 
     def __init__(self) -> None:
         self.running: list[torch.nn.Module] = []
-        self.drawing: list[torch.nn.Module] = []
+        self.drew = False
+        self.drawing: list[torch.nn.Module] | None = None
         self._drawn = HostState()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watches all modules while the body runs; a failure leaves `running` as it was then."""
         self.running.clear()
-        self.drawing.clear()
-        self._drawn = HostState()
+        first = self._drawn = HostState()
         before = module_hooks.register_module_forward_pre_hook(self._enter)
         after = module_hooks.register_module_forward_hook(self._leave)
         try:
@@ -50,6 +51,7 @@ class Tracker:
         finally:
             before.remove()
             after.remove()
+            self.drew = HostState() != first
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         del args
@@ -63,6 +65,8 @@ class Tracker:
             pass
 
     def _note_draws(self) -> None:
+        if self.drawing is None:
+            return
         now = HostState()
         if now != self._drawn and self.running:
             self.drawing.append(self.running[-1])

@@ -223,7 +223,7 @@ class _Exporter:
             try:
                 copies = self._copies(tensors, rows)
                 module, state = self._traced(tracker, copies, candidates)
-                drawing = self._own(tracker.drawing)
+                drawing = self._drawing(tensors, rows, candidates) if tracker.drew else []
                 unknown = _unknown_sizes(module)
                 if not unknown and not drawing:
                     changes = self._flat.changes
@@ -279,6 +279,15 @@ class _Exporter:
         inside = self._own(running)
         _log.info("`%s` is captured as one operator: %s", _innermost_name(inside), failure)
         self.sites.add_module(inside[-1] if inside else None)
+
+    def _drawing(
+        self, tensors: list[torch.Tensor], rows: int, candidates: set[int]
+    ) -> list[torch.nn.Module]:
+        """The submodules that draw from Python's or NumPy's generator."""
+        tracker = Tracker()
+        tracker.drawing = []
+        self._traced(tracker, self._copies(tensors, rows), candidates)
+        return self._own(tracker.drawing)
 
     def _leave_draws(self, drawing: list[torch.nn.Module]) -> None:
         """Makes the parts opaque that draw numbers of which a graph would make constants."""

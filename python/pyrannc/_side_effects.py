@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -26,6 +26,7 @@ Place: TypeAlias = tuple[str, str]
 """The path of a module, and the name of one of its attributes."""
 
 _PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _OWN = ("_parameters", "_modules", "_buffers")
 _MOST_STEPS = 64
 """Whose beginning is remembered while their backwards may still compute something again."""
@@ -349,7 +350,7 @@ def _contents(module: torch.nn.Module) -> dict[str, Any]:
     return {
         name: value.copy()
         for name, value in module.__dict__.items()
-        if isinstance(value, (dict, list, set)) and name not in _OWN
+        if type(value) in _CONTAINERS and name not in _OWN
     }
 
 

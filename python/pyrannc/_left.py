@@ -64,26 +64,35 @@ class Settling:
             values = {place: value for place, value in values.items() if place[1][0] != "_"}
         unread = self._unread(values)
         objects = [place for place in self._read if not is_plain(values[place])]
-        for place in objects:
-            if holds_tensors(values[place]):
-                self._refuse_carried(place)
+        carried = [place for place in objects if holds_tensors(values[place])]
+        for places in self._alike(carried):
+            self._refuse_carried(places)
         caching = {path for path, _ in objects}
         read = [place for place in self._read if is_plain(values[place])]
         lost = [place for place in read if place[0] in caching]
-        told = lost + [place for place in objects if not holds_tensors(values[place])]
-        state, written, counted = {}, {p: values[p] for p in unread if is_plain(values[p])}, {}
-        for place in read:
-            if place in lost:
-                continue
-            idle, growth = self._is_idle(place)
-            if idle and growth is None:
-                written[place] = values[place]
-            elif idle:
-                counted[place] = growth
+        told = lost + [place for place in objects if place not in carried]
+        state: dict[Place, Any] = {}
+        written = {place: values[place] for place in unread if is_plain(values[place])}
+        counted: dict[Place, Any] = {}
+        for places in self._alike(place for place in read if place not in lost):
+            growth = self._growth(places)
+            if growth is None:
+                state |= {place: values[place] for place in places}
             else:
-                state[place] = values[place]
+                written |= {place: values[place] for place in places if place not in growth}
+                counted |= growth
         absent = tuple(place for place in values if not is_plain(values[place]))
         return Left(state, written, counted, absent, (*told, *self.changes.contents))
+
+    def _alike(self, places: Iterable[Place]) -> list[list[Place]]:
+        """The same attributes of modules of one class together: there may be many layers."""
+        found: dict[tuple[type, str], list[Place]] = {}
+        for place in places:
+            found.setdefault(self._kind(place), []).append(place)
+        return list(found.values())
+
+    def _kind(self, place: Place) -> tuple[type, str]:
+        return type(self.model.get_submodule(place[0])), place[1]
 
     def _unread(self, places: Iterable[Place]) -> list[Place]:
         """What no forward reads before it writes it."""
@@ -94,34 +103,40 @@ class Settling:
                     self.again()
             except Exception as failure:
                 used = _used(failure)
-                found = [place for place in hidden if place == used] or hidden
+                kind = self._kind(used) if used in hidden else None
+                found = [place for place in hidden if kind in (None, self._kind(place))]
                 self._read += found
                 hidden = [place for place in hidden if place not in found]
             else:
                 break
         return hidden
 
-    def _is_idle(self, place: Place) -> tuple[bool, Any]:
-        """Whether what is computed does not depend on an attribute, and by how much it grows.
+    def _growth(self, places: list[Place]) -> dict[Place, Any] | None:
+        """By how much attributes on which nothing depends grow; `None` if something does.
 
-        An attribute that keeps its new value does not grow.
+        Those that keep their new value do not grow.
         """
-        before, after = value_at(self.model, place), self.changes.values[place]
+        before = {place: value_at(self.model, place) for place in places}
+        after = {place: self.changes.values[place] for place in places}
         self._usual = self._usual or self.again()[1]
-        changes, text = self._with({place: after})
+        changes, text = self._with(after)
+        growing = [place for place in places if place in changes.values]
         if text != self._usual:
-            return False, None
-        if place not in changes.values:
-            return True, None
-        if not (_is_number(before) and _is_number(after) and _is_number(changes.values[place])):
-            return False, None
-        growth, far = after - before, after + _FAR
-        later, text = self._with({place: far})
+            return None
+        if not growing:
+            return {}
+        numbers = [of[place] for place in growing for of in (before, after, changes.values)]
+        if not all(map(_is_number, numbers)):
+            return None
+        growth = {place: after[place] - before[place] for place in growing}
+        far = {place: after[place] + _FAR for place in growing}
+        later, text = self._with(far)
         steady = all(
-            changed.values.get(place) == value + growth
+            changed.values.get(place) == value[place] + growth[place]
+            for place in growing
             for changed, value in ((changes, after), (later, far))
         )
-        return steady and text == self._usual, growth
+        return growth if steady and text == self._usual else None
 
     def _with(self, values: Mapping[Place, Any]) -> Outcome:
         """What comes of other values; nothing that is ever usual if the forward fails."""
@@ -131,13 +146,16 @@ class Settling:
         except Exception as failure:
             return self.changes, f"fails: {failure}"
 
-    def _refuse_carried(self, place: Place) -> None:
+    def _refuse_carried(self, places: list[Place]) -> None:
         """Tells what is made once and for all from what goes on from call to call."""
-        value = stand_ins(self.changes.values[place])
-        if value is not None and place not in self._with({place: value})[0].values:
+        made = {place: stand_ins(self.changes.values[place]) for place in places}
+        if all(value is not None for value in made.values()):
+            again = self._with(made)[0].values
+            places = [place for place in places if place in again]
+        if not places:
             return
         message = (
-            f"the model's forward goes on with what an earlier call left in `{dotted(place)}`, "
+            f"the model's forward goes on with what an earlier call left in `{dotted(places[0])}`, "
             "which a model that runs in parts does not keep"
         )
         raise CaptureError(

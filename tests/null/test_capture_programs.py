@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyrannc import _export
 from pyrannc._side_effects import Left, reveal
 from pyrannc.capture import capture
 from pyrannc.errors import CaptureError
@@ -183,6 +184,25 @@ def test_a_counter_that_changes_nothing_is_counted() -> None:
     left.apply(model)
     left.apply(model)
     assert model.count == 4
+
+
+def test_counters_of_many_layers_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layer(Program):
+        def __init__(self) -> None:
+            super().__init__(lambda layer, x: layer.second(x))
+            self.first = nn.Identity()
+
+        def forward(self, x: Tensor) -> Any:
+            self.count += 1
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(3, 4), *(Layer() for _ in range(12)))
+    tries: list[int] = []
+    export = _export._exported
+    monkeypatch.setattr(_export, "_exported", lambda *args: tries.append(1) or export(*args))
+    left = capture(model, (torch.randn(4, 3),)).left
+    assert left == Left(counted={(f"{index}", "count"): 1 for index in range(1, 13)})
+    assert len(tries) < 10
 
 
 def test_a_counter_that_will_change_something_is_state() -> None:

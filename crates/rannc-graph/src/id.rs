@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Defines types that are positions of elements in a vector; serde's derives must be in scope.
+#[macro_export]
 macro_rules! ids {
     ($($(#[$doc:meta])* $name:ident),*) => {$(
         $(#[$doc])*
@@ -12,7 +14,7 @@ macro_rules! ids {
         impl $name {
             /// The id of the element at `index`.
             pub fn new(index: usize) -> Self {
-                Self(u32::try_from(index).expect("a graph has fewer than 2^32 elements"))
+                Self(u32::try_from(index).expect("fewer than 2^32 elements"))
             }
 
             /// The position of this element in its vector.

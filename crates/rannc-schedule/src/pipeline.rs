@@ -3,37 +3,10 @@
 
 use std::fmt;
 
-use rannc_graph::Affine;
+use rannc_graph::{Affine, ids};
 use serde::{Deserialize, Serialize};
 
 use crate::{Pass, ScheduleError, Sharding};
-
-macro_rules! ids {
-    ($($(#[$doc:meta])* $name:ident),*) => {$(
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(transparent)]
-        pub struct $name(pub u32);
-
-        impl $name {
-            /// The id of the element at `index`.
-            pub fn new(index: usize) -> Self {
-                Self(u32::try_from(index).expect("a pipeline has fewer than 2^32 elements"))
-            }
-
-            /// The position of this element in its vector.
-            pub fn index(self) -> usize {
-                self.0 as usize
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{}", self.0)
-            }
-        }
-    )*};
-}
 
 ids! {
     /// A part of the model, in topological order.

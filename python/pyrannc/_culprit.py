@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules import module as module_hooks
 
+from . import _host_random
 from ._host_random import HostState
 from ._opaque import Opaque, Site
 from .errors import CaptureError
@@ -106,18 +107,14 @@ class Sites:
             raise CaptureError(message)
         for inner in module.modules():
             self._modules.pop(inner, None)
-        self._modules[module] = Site(type(module).__name__, module.forward, module)
+        inside = [(names[part], part) for part in module.modules()]
+        self._modules[module] = Site(type(module).__name__, module.forward, inside)
 
     @property
     def paths(self) -> list[str]:
         """The submodules among them."""
         names = {module: name for name, module in self._model.named_modules()}
         return [names[module] for module in self._modules]
-
-    def note_restless(self, path: str) -> None:
-        """Takes note that a submodule, which is a part or in one, changes its attributes."""
-        for module, site in self._modules.items():
-            site.is_restless |= self._model.get_submodule(path) in set(module.modules())
 
     def observe(self, run: Callable[[int], Any], sizes: tuple[int, ...]) -> None:
         """Runs the model for real at some batch sizes; leaves it as it was.
@@ -133,7 +130,7 @@ class Sites:
             site.forget()
         for number, rows in enumerate(sizes):
             try:
-                with _unchanged(self._model), self._swapped(rows), torch.no_grad():
+                with undisturbed(self._model), self._swapped(rows):
                     run(rows)
             except Exception:
                 if number == 0:
@@ -220,13 +217,12 @@ def _restored(original: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Puts buffers and random numbers back as they were."""
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Has the body run without gradients; puts buffers and random numbers back as they were."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _host_random.kept(), torch.no_grad():
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -18,20 +18,22 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ._autocast import no_autocast
-from ._culprit import CustomBackward, Sites, Tracker
+from ._culprit import CustomBackward, Sites, Tracker, undisturbed
 from ._flat import module_path
 from ._lazy import compiled_when_called
-from ._left import Outcome, Settling
+from ._left import Outcome, Results, Settling
 from ._repeats import RealNeededError, traced_once
-from ._side_effects import Changes, Left, Snapshot
+from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
+from ._snapshot import Changes, Snapshot
 from ._structure import Structure, flatten
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from ._opaque import Opaque
+    from ._places import Place
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -52,6 +54,7 @@ class Program:
         opaque_calls: parts that are called as they are, by the name of their operator.
         static_reason: why the program is valid only for this number of rows, if it is.
         left: what a call leaves in attributes of modules.
+        read: places in the user's objects that it has read.
     """
 
     module: fx.GraphModule
@@ -63,6 +66,7 @@ class Program:
     opaque_calls: dict[str, Opaque]
     static_reason: str | None
     left: Left
+    read: frozenset[Place]
 
     @property
     def dynamic(self) -> bool:
@@ -87,7 +91,7 @@ class FlatModel(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Calls the model."""
         args, kwargs = self._arguments.build(tensors)
-        before = Snapshot(self.model)
+        before = Snapshot(self.model.named_modules())
         try:
             results, _, structure = flatten(
                 self.model(*args, **kwargs), drop_unknown=True, root="result"
@@ -95,6 +99,7 @@ class FlatModel(torch.nn.Module):
             before.keep_buffers()
         finally:
             self._noted.changes = before.restore()
+            self._noted.read |= before.read
         self._noted.results = structure
         return tuple(results)
 
@@ -102,6 +107,11 @@ class FlatModel(torch.nn.Module):
     def changes(self) -> Changes:
         """What the last forward changed in attributes of modules."""
         return self._noted.changes
+
+    @property
+    def read(self) -> frozenset[Place]:
+        """Places in the user's objects that forwards have read."""
+        return frozenset(self._noted.read)
 
     @property
     def results(self) -> Structure:
@@ -116,6 +126,7 @@ class _Noted:
 
     results: Structure | None = None
     changes: Changes = field(default_factory=Changes)
+    read: set[Place] = field(default_factory=set)
 
 
 def export(
@@ -162,6 +173,7 @@ def export(
                 calls,
                 static_reason,
                 exporter.left,
+                flat.read,
             )
     module, state = exporter.export(tensors, rows, dynamic=False)
     calls = exporter.sites.calls
@@ -176,6 +188,7 @@ def export(
         calls,
         static_reason,
         exporter.left,
+        flat.read,
     )
 
 
@@ -228,9 +241,11 @@ class _Exporter:
                 if not unknown and not drawing:
                     changes = self._flat.changes
                     self.left = self._left_by_sites
-                    if not changes.any:
+                    if not changes.values and not changes.hooked:
                         return module, state
-                    self.left = Settling(self._model, changes, again).left().with_part(self.left)
+                    real = self._real(tensors, rows)
+                    settling = Settling(self._model, changes, again, real, is_captured=True)
+                    self.left = settling.left().with_part(self.left)
                     return self._traced(tracker, self._copies(tensors, rows), candidates)
                 if unknown:
                     self.sites.add_module(self._around(unknown))
@@ -306,6 +321,18 @@ class _Exporter:
         own = set(self._model.modules())
         return [module for module in modules if module in own]
 
+    def _real(self, tensors: list[torch.Tensor], rows: int) -> Callable[[], Outcome] | None:
+        """Runs the model as it is, if it is not a model without data."""
+        if any(tensor.is_meta for tensor in [*self._model.parameters(), *self._model.buffers()]):
+            return None
+
+        def run() -> Outcome:
+            with undisturbed(self._model), no_autocast():
+                results = Results(self._flat(*self._copies(tensors, rows)))
+            return self._flat.changes, results
+
+        return run
+
     def _around(self, paths: list[str]) -> torch.nn.Module:
         """The smallest submodule that holds all of the given ones."""
         common = paths[0].split(".") if paths[0] else []
@@ -320,21 +347,22 @@ class _Exporter:
         other = max(2, rows // 2) if rows >= 4 else 2 * rows
         seen: dict[int, Changes] = {}
 
+        results: dict[int, Results] = {}
+
         def run(count: int) -> None:
-            self._flat(*self._copies(tensors, count))
+            results[count] = Results(self._flat(*self._copies(tensors, count)))
             seen[count] = self._flat.changes.within(self.sites.paths)
 
         def again() -> Outcome:
             self.sites.observe(run, (rows,))
-            return seen[rows], ""
+            return seen[rows], results[rows]
 
         with no_autocast():
             self.sites.observe(run, (rows, other))
             self._left_by_sites = Left()
-            if seen[rows].any:
-                self._left_by_sites = Settling(self._model, seen[rows], again).left().unfollowed()
-                for path, _ in seen[rows].places:
-                    self.sites.note_restless(path)
+            if seen[rows].values:
+                settling = Settling(self._model, seen[rows], again, again, is_captured=False)
+                self._left_by_sites = settling.left()
                 self.sites.observe(run, (rows, other))
 
 
@@ -392,6 +420,7 @@ def _exported(
     shapes = tuple({0: Dim.AUTO} if i in candidates else None for i in range(len(tensors)))
     with (
         _quiet(),
+        _same_attributes(flat),
         torch.enable_grad(),
         no_autocast(),
         _regions_in_line(),
@@ -402,6 +431,17 @@ def _exported(
             flat, tuple(tensors), strict=False, dynamic_shapes={"tensors": shapes}
         )
         return _unlifted(program)
+
+
+@contextlib.contextmanager
+def _same_attributes(model: torch.nn.Module) -> Iterator[None]:
+    """Has modules hold the same objects after the body: the exporter leaves copies of containers."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.update(attributes)
 
 
 def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, dict[str, Any]]:

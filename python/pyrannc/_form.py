@@ -1,79 +1,158 @@
 """What of a model's modules, apart from their modes, a capture takes as given.
 
-Numbers, flags and texts among the attributes of modules are constants of a captured model, and
-what forward hooks do to tensors is part of it. So a model whose attributes or hooks have changed
-since is captured again. Attributes that forward changes and that change nothing do not count;
-private ones count where a forward goes on with what another one left in them. Parts that were left
-whole do not count: they run as they are. Submodules and parameters, however, were placed, and must
-stay the same objects.
+What the attributes of modules hold is constant in a captured model, and what forward hooks do to
+tensors is part of it. So a model whose attributes or hooks have changed since is captured again. Of
+objects of the user's only those attributes count that a forward has read. What forward itself
+changes, where that changes nothing that is computed, does not count. Parts that were left whole do
+not count: they run as they are. Submodules and parameters, however, were placed, and must stay the
+same objects.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import weakref
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ._side_effects import original
+import numpy as np
+import torch
+
+from . import _watched
+from ._places import Item, Place, dotted, fields, original, value_at
 from .batch_norm import check_groups
 from .errors import RaNNCError
 from .guards import is_guard
 from .hooks import check_module_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Container
-
-    import torch
+    from collections.abc import Callable, Container, Iterable
 
     from ._side_effects import Left
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+_TORCHS = frozenset(torch.nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MOST_BYTES = 1 << 20
+
+
+class _Identities:
+    """Numbers for things that are told apart only by being the same one.
+
+    Processes that do the same give the same numbers.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, int]] = {}
+        self._next = 0
+
+    def number(self, thing: Any) -> int:
+        """The number of a thing."""
+        known = self._known.get(id(thing))
+        if known is not None and known[0]() is thing:
+            return known[1]
+        self._next += 1
+        reference: Callable[[], Any]
+        try:
+            reference = weakref.ref(thing)
+        except TypeError:  # it stays alive, so that no other one gets its identity
+            reference = partial(_itself, thing)
+        self._known[id(thing)] = reference, self._next
+        return self._next
+
+
+def _itself(thing: Any) -> Any:
+    return thing
+
+
+class _Print:
+    """Describes values so that equal descriptions mean that a forward finds the same."""
+
+    def __init__(self, identities: _Identities) -> None:
+        self._identities = identities
+        self._begun: dict[int, Any] = {}
+
+    def of(self, value: Any, place: Place, unless: Container[Place]) -> Any:
+        """The description of a value, but for what is in some places."""
+        value = original(value)
+        if type(value) in _PLAIN:
+            return value
+        if isinstance(value, tuple):
+            return self._items(enumerate(value), place, unless)
+        if isinstance(value, np.ndarray) and value.nbytes <= _MOST_BYTES:
+            return hashlib.blake2b(
+                repr((value.dtype, value.shape)).encode() + value.tobytes()
+            ).hexdigest()
+        if id(value) in self._begun:
+            return self._begun[id(value)]
+        self._begun[id(value)] = len(self._begun)
+        found = self._look_into(value, place, unless)
+        self._begun[id(value)] = found
+        return found
+
+    def _look_into(self, value: Any, place: Place, unless: Container[Place]) -> Any:
+        if isinstance(value, dict):
+            return self._items(value.items(), place, unless)
+        if isinstance(value, (list, deque)):
+            return self._items(enumerate(value), place, unless)
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(repr, value))
+        if _watched.is_namespace(value):
+            return self._items(fields(value).items(), place, unless)
+        if _watched.can_be_watched(value):
+            return type(value).__qualname__
+        return ("#", self._identities.number(value))
+
+    def _items(self, items: Iterable[Any], place: Place, unless: Container[Place]) -> list[Any]:
+        return [
+            (repr(key), self.of(value, (*place, Item(key)), unless))
+            for key, value in items
+            if (*place, Item(key)) not in unless
+        ]
 
 
 class _Part:
-    """One module, and which of its attributes are plain, so that looking again is quick."""
+    """One module, and which of its attributes count, so that looking again is quick."""
 
     def __init__(self, path: str, module: torch.nn.Module) -> None:
         self.path = path
         self.module = module
         self._attributes = module.__dict__
+        self._torchs = type(module).__module__.startswith("torch.")
         self._children = list(module._modules.values())
         self._parameters = [id(parameter) for parameter in module._parameters.values()]
-        self._state: set[str] = set()
-        self._written: set[str] = set()
+        self._changed: frozenset[Place] = frozenset()
         self._look()
 
-    def settle(self, state: set[str], written: set[str]) -> bool:
-        """Takes note of what forwards leave in attributes; whether that is news."""
-        if state <= self._state and written <= self._written:
-            return False
-        self._state |= state
-        self._written |= written
+    def settle(self, changed: frozenset[Place]) -> None:
+        """Takes note of places that forwards change and that do not count."""
+        self._changed = changed
         self._look()
-        return True
 
     def _look(self) -> None:
         self._size = len(self._attributes)
-        self._names = [
-            name for name, value in self._attributes.items() if self._counts(name, value)
-        ]
+        self._names = [name for name in self._attributes if self._counts(name)]
 
-    def _counts(self, name: str, value: Any) -> bool:
-        if name in self._state:
-            return True
-        if name in self._written or name[0] == "_" or name == "training":
+    def _counts(self, name: str) -> bool:
+        if name in _TORCHS or (self._torchs and name[0] == "_"):
             return False
-        return type(original(value)) in _PLAIN
+        return (self.path, name) not in self._changed
 
-    def values(self) -> list[Any]:
-        """The plain attributes, and how many hooks there are."""
+    def values(self, prints: _Print) -> list[Any]:
+        """What the attributes hold, and how many hooks there are."""
         attributes = self._attributes
         if len(attributes) != self._size:
             self._look()
-        found = [original(attributes.get(name)) for name in self._names]
+        found = []
+        for name in self._names:
+            value = attributes.get(name)
+            if type(value) not in _PLAIN:
+                value = prints.of(value, (self.path, name), self._changed)
+            found.append(value)
         kinds = [attributes[kind] for kind in _HOOKS]
         if any(kinds):
             counts = [sum(not is_guard(hook) for hook in hooks.values()) for hooks in kinds]
@@ -108,6 +187,9 @@ class Form:
         """Takes the model as it is."""
         self._parts = [_Part(path, module) for path, module in model.named_modules()]
         self._model = model
+        self._identities = _Identities()
+        self._read: dict[Place, None] = {}
+        self._changed: frozenset[Place] = frozenset()
         self._last: dict[int, list[Any]] = {}
         self._digest = 0
 
@@ -121,11 +203,15 @@ class Form:
             RaNNCError: when submodules or parameters were replaced, or a hook or a process group
                 cannot work.
         """
+        prints = _Print(self._identities)
         found: dict[int, list[Any]] = {}
         for index, part in enumerate(self._parts):
             part.check()
             if id(part.module) not in whole:
-                found[index] = part.values()
+                found[index] = part.values(prints)
+        found[-1] = [
+            prints.of(value_at(self._model, place), place, self._changed) for place in self._read
+        ]
         if found != self._last:
             check_module_hooks(self._model)
             check_groups(self._model)
@@ -134,24 +220,28 @@ class Form:
             self._digest = _number(repr(found))
         return self._digest
 
-    def settle(self, left: Left) -> bool:
-        """Takes note of what a form's calls leave in attributes; whether that is news."""
-        news = False
+    def settle(self, left: Left, read: Iterable[Place]) -> bool:
+        """Takes note of what a form's calls read and leave; whether that is news."""
+        changed = self._changed | {*left.written, *left.counted}
+        wanted = sorted({*self._read, *read} - changed, key=repr)
+        if changed == self._changed and wanted == [*self._read]:
+            return False
+        self._changed = changed
+        self._read = dict.fromkeys(wanted)
         for part in self._parts:
-            state = {name for path, name in left.state if path == part.path}
-            written = {n for path, n in [*left.written, *left.counted] if path == part.path}
-            news |= part.settle(state, written)
-        if news:
-            self._last = {}
-        return news
+            part.settle(frozenset(place for place in changed if place[0] == part.path))
+        self._last = {}
+        return True
 
     def _tell(self, found: dict[int, list[Any]]) -> None:
         changed = [
             name
             for index, now in found.items()
-            if index in self._last
+            if index in self._last and index >= 0
             for name in self._parts[index].changed(self._last[index], now)
         ]
+        for place, before, now in zip(self._read, self._last.get(-1, []), found[-1], strict=False):
+            changed += [dotted(place)] if before != now else []
         if changed:
             logger.warning(
                 "`%s` has changed since the last call; with each new value of an attribute the "

@@ -1,8 +1,8 @@
-"""Finds out what the attributes that a forward changes are to the next one.
+"""Finds out what the places that a forward changes are to the next one.
 
-A captured model does not run the user's code again, so what its forward would do to attributes is
-done for it: it depends on whether the next forward reads them, and on whether that changes what
-it computes. Both are tried out by exporting again with something else in their places.
+A captured model does not run the user's code again, so what its forward would do to attributes and
+what they hold is done for it: it depends on whether the next forward reads them, and on whether
+that changes what it computes. Both are tried out with something else in their places.
 """
 
 from __future__ import annotations
@@ -10,31 +10,55 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ._side_effects import (
+import torch
+
+from ._places import (
+    GONE,
     Absent,
     AbsentError,
-    Changes,
-    Left,
     Place,
     dotted,
     holds_tensors,
     is_plain,
+    later,
     replaced,
-    stand_ins,
     value_at,
+    with_leaves,
 )  # fmt: skip
+from ._side_effects import Left
 from .errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    import torch
+    from ._snapshot import Changes
 
-Outcome: TypeAlias = tuple[Changes, str]
-"""What a forward changed, and a text that tells what it computes."""
+Outcome: TypeAlias = "tuple[Changes, object]"
+"""What a forward changed, and something that is equal where it computes the same."""
 
 _FAR = 1_000_003
 """How much a counter is put forward to see whether something happens when it has become large."""
+
+
+class Results:
+    """What a real forward gave; equal where the numbers are, but for rounding."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Takes the tensors."""
+        self._tensors = [tensor.detach() for tensor in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another forward gave the same."""
+        if not isinstance(other, Results):
+            return NotImplemented
+        return len(self._tensors) == len(other._tensors) and all(
+            one.shape == two.shape
+            and one.dtype == two.dtype
+            and torch.allclose(one, two, rtol=1e-5, atol=1e-7, equal_nan=True)
+            for one, two in zip(self._tensors, other._tensors, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(slots=True)
@@ -44,84 +68,108 @@ class Settling:
     Attributes:
         model: the user's.
         changes: what a forward of it changed.
-        again: exports it once more.
+        again: runs it once more, as a program or for real.
+        real: runs it for real; `None` if it cannot.
+        is_captured: whether the forward is not going to run again; otherwise it runs as it is.
     """
 
     model: torch.nn.Module
     changes: Changes
     again: Callable[[], Outcome]
-    _read: list[Place] = field(default_factory=list)
-    _usual: str = ""
+    real: Callable[[], Outcome] | None
+    is_captured: bool
+    _usual: object = None
+    _absent: dict[Place, None] = field(default_factory=dict)
 
     def left(self) -> Left:
         """What a call leaves.
 
         Raises:
-            CaptureError: when it leaves tensors that the next call goes on with.
+            CaptureError: when it leaves what the next call goes on with and nobody can follow.
         """
         values = self.changes.values
         if self.changes.hooked:  # private notes that hooks are there, which are put back, too
-            values = {place: value for place, value in values.items() if place[1][0] != "_"}
-        unread = self._unread(values)
-        objects = [place for place in self._read if not is_plain(values[place])]
-        carried = [place for place in objects if holds_tensors(values[place])]
-        for places in self._alike(carried):
-            self._refuse_carried(places)
-        caching = {path for path, _ in objects}
-        read = [place for place in self._read if is_plain(values[place])]
-        lost = [place for place in read if place[0] in caching]
-        told = lost + [place for place in objects if place not in carried]
+            values = {place: value for place, value in values.items() if place[-1][0] != "_"}
+        read = self._read(values)
+        objects = [place for place in read if not is_plain(values[place])]
+        numbers = [place for place in read if is_plain(values[place])]
+        for places in self._alike(objects):
+            paths = {path for path, *_ in places}
+            with_them = [place for place in numbers if place[0] in paths]
+            kept = self._settle_objects(places, with_them)
+            numbers = [place for place in numbers if place not in kept]
         state: dict[Place, Any] = {}
-        written = {place: values[place] for place in unread if is_plain(values[place])}
+        written = {p: v for p, v in values.items() if p not in read and is_plain(v)}
+        if not self.is_captured:  # what it depends on, nobody knows
+            self._leave(written)
+            written = {}
         counted: dict[Place, Any] = {}
-        for places in self._alike(place for place in read if place not in lost):
+        for places in self._alike(numbers):
             growth = self._growth(places)
-            if growth is None:
-                state |= {place: values[place] for place in places}
-            else:
+            if growth is not None:
                 written |= {place: values[place] for place in places if place not in growth}
                 counted |= growth
-        absent = tuple(place for place in values if not is_plain(values[place]))
-        return Left(state, written, counted, absent, (*told, *self.changes.contents))
+            elif self.is_captured:
+                state |= {place: values[place] for place in places}
+            else:
+                self._settle_objects(places, [])
+        self._leave(place for place in values if not is_plain(values[place]))
+        for place in state:
+            if place[:2] in self._absent:
+                self._refuse(place)
+        return Left(
+            state,
+            {place: value for place, value in written.items() if place[:2] not in self._absent},
+            {place: value for place, value in counted.items() if place[:2] not in self._absent},
+            tuple(self._absent),
+        )
+
+    def _leave(self, places: Iterable[Place]) -> None:
+        """Takes note that what is there is not to be had after a call."""
+        self._absent |= dict.fromkeys(place[:2] for place in places)
 
     def _alike(self, places: Iterable[Place]) -> list[list[Place]]:
-        """The same attributes of modules of one class together: there may be many layers."""
-        found: dict[tuple[type, str], list[Place]] = {}
+        """The same places of modules of one class together: there may be many layers."""
+        found: dict[Place, list[Place]] = {}
         for place in places:
             found.setdefault(self._kind(place), []).append(place)
         return list(found.values())
 
-    def _kind(self, place: Place) -> tuple[type, str]:
-        return type(self.model.get_submodule(place[0])), place[1]
+    def _kind(self, place: Place) -> Place:
+        return type(self.model.get_submodule(place[0])), *place[1:]
 
-    def _unread(self, places: Iterable[Place]) -> list[Place]:
-        """What no forward reads before it writes it."""
+    def _read(self, places: Iterable[Place]) -> list[Place]:
+        """What a forward reads before it writes it."""
         hidden = list(places)
+        read: list[Place] = []
         while hidden:
             try:
-                with replaced(self.model, {place: Absent(place, None) for place in hidden}):
+                with replaced(self.model, _absent(self.model, hidden)):
                     self.again()
             except Exception as failure:
                 used = _used(failure)
                 kind = self._kind(used) if used in hidden else None
                 found = [place for place in hidden if kind in (None, self._kind(place))]
-                self._read += found
+                read += found
                 hidden = [place for place in hidden if place not in found]
             else:
                 break
-        return hidden
+        found = [place for place in hidden if self.changes.values[place] is GONE]
+        for places in self._alike(hidden) if not self._with(_absent(self.model, hidden))[1] else []:
+            found += [] if self._with(_absent(self.model, places))[1] else places
+        return read + found
 
     def _growth(self, places: list[Place]) -> dict[Place, Any] | None:
-        """By how much attributes on which nothing depends grow; `None` if something does.
+        """By how much numbers on which nothing depends grow; `None` if something does.
 
-        Those that keep their new value do not grow.
+        Those that keep their new value do not grow. A forward that runs as it is may depend on
+        them.
         """
         before = {place: value_at(self.model, place) for place in places}
         after = {place: self.changes.values[place] for place in places}
-        self._usual = self._usual or self.again()[1]
-        changes, text = self._with(after)
+        changes, same = self._with(after)
         growing = [place for place in places if place in changes.values]
-        if text != self._usual:
+        if self.is_captured and not same:
             return None
         if not growing:
             return {}
@@ -130,38 +178,98 @@ class Settling:
             return None
         growth = {place: after[place] - before[place] for place in growing}
         far = {place: after[place] + _FAR for place in growing}
-        later, text = self._with(far)
+        later_changes, same = self._with(far)
         steady = all(
             changed.values.get(place) == value[place] + growth[place]
             for place in growing
-            for changed, value in ((changes, after), (later, far))
+            for changed, value in ((changes, after), (later_changes, far))
         )
-        return growth if steady and text == self._usual else None
+        return growth if steady and (same or not self.is_captured) else None
 
-    def _with(self, values: Mapping[Place, Any]) -> Outcome:
-        """What comes of other values; nothing that is ever usual if the forward fails."""
+    def _settle_objects(self, places: list[Place], numbers: list[Place]) -> list[Place]:
+        """Has places be absent after a call if the next one does not go on with what is there.
+
+        Args:
+            places: the places.
+            numbers: numbers beside them.
+
+        Returns:
+            Those of the numbers that are absent, too, as they tell of something made once.
+
+        Raises:
+            CaptureError: when it does.
+        """
+        values = self.changes.values
+        after = {place: self._stand_in(place) for place in places}
+        beyond = {place: later(value, _FAR) for place, value in after.items()}
+        if self._with(after)[1] and self._with(beyond)[1] and self._is_idle(after):
+            self._leave(places)
+            return []
+        changes = self._with(after | {place: values[place] for place in numbers})[0]
+        made = [place for place in places if not changes.touch(place)]
+        if len(made) < len(places):
+            self._refuse(next(place for place in places if place not in made))
+        companions = [place for place in numbers if not changes.touch(place)]
+        if not self._is_same_later([*places, *companions]):
+            self._refuse(places[0])
+        self._leave([*places, *companions])
+        return companions
+
+    def _stand_in(self, place: Place) -> Any:
+        """What is left there, with zeros for the exporter's tensors.
+
+        If one of these depends on the batch size, with something whose use is an error.
+        """
+        if not self.is_captured:
+            return self.changes.values[place]
+
+        def change(tensor: torch.Tensor) -> Any:
+            if any(not isinstance(size, int) for size in tensor.shape):
+                return Absent(place, None)
+            return torch.zeros([*tensor.shape], dtype=tensor.dtype, device=tensor.device)
+
+        return with_leaves(self.changes.values[place], change)
+
+    def _is_idle(self, after: Mapping[Place, Any]) -> bool:
+        """Whether a real forward does the same with zeros in place of tensors."""
+        if self.is_captured or not any(map(holds_tensors, after.values())):
+            return True
+        zeros = {place: with_leaves(value, torch.zeros_like) for place, value in after.items()}
+        return self._with(zeros)[1]
+
+    def _is_same_later(self, places: list[Place]) -> bool:
+        """Whether a call that finds things made gives the same as the one that makes them."""
+        if self.real is None:
+            return True
+        changes, first = self.real()
+        made = {place: value for place, value in changes.values.items() if place in places}
+        try:
+            with replaced(self.model, made):
+                return bool(self.real()[1] == first)
+        except Exception:
+            return False
+
+    def _with(self, values: Mapping[Place, Any]) -> tuple[Changes, bool]:
+        """What changes with other values, and whether the same is computed; not if it fails."""
+        if self._usual is None:
+            self._usual = self.again()[1]
         try:
             with replaced(self.model, values):
-                return self.again()
-        except Exception as failure:
-            return self.changes, f"fails: {failure}"
+                changes, outcome = self.again()
+        except Exception:
+            return self.changes, False
+        return changes, bool(outcome == self._usual)
 
-    def _refuse_carried(self, places: list[Place]) -> None:
-        """Tells what is made once and for all from what goes on from call to call."""
-        made = {place: stand_ins(self.changes.values[place]) for place in places}
-        if all(value is not None for value in made.values()):
-            again = self._with(made)[0].values
-            places = [place for place in places if place in again]
-        if not places:
-            return
-        message = (
-            f"the model's forward goes on with what an earlier call left in `{dotted(places[0])}`, "
-            "which a model that runs in parts does not keep"
-        )
+    def _refuse(self, place: Place) -> None:
         raise CaptureError(
-            message,
+            f"the model's forward goes on with what an earlier call left in `{dotted(place)}`, "
+            "which a model that runs in parts does not keep",
             hint="have forward take it as an argument and return it, or register it as a buffer",
         )
+
+
+def _absent(model: torch.nn.Module, places: Iterable[Place]) -> dict[Place, Any]:
+    return {place: Absent(place, value_at(model, place)) for place in places}
 
 
 def _is_number(value: Any) -> bool:

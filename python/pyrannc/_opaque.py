@@ -23,7 +23,7 @@ from .errors import CaptureError
 from .guards import lifted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 NAMESPACE = "pyrannc_opaque"
 _numbers = itertools.count()
@@ -104,22 +104,28 @@ class Site:
     Attributes:
         name: how it is called in the graph.
         function: the part itself.
-        module: the submodule, if it is one.
-        is_restless: whether it changes attributes of its own.
+        modules: the submodule, if it is one, and all inside it, by their paths.
         calls: its calls during the last export, by the name of their operator.
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], module: torch.nn.Module | None = None
+        self,
+        name: str,
+        function: Callable[..., Any],
+        modules: Sequence[tuple[str, torch.nn.Module]] = (),
     ) -> None:
         self.name = name
         self.function = function
-        self.module = module
-        self.is_restless = False
+        self.modules = modules
         self.calls: dict[str, Opaque] = {}
         self._observed: dict[int, list[Observation]] = {}
         self._next_call = 0
         self._libraries: list[torch.library.Library] = []
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The submodule, if it is one."""
+        return self.modules[0][1] if self.modules else None
 
     @property
     def state(self) -> list[torch.Tensor]:

@@ -64,7 +64,7 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
     whole = dict(zip(nodes, seen.inputs, strict=True))
     singles = [(row, row + 1) for row in range(min(seen.rows, _MAX_SINGLE_ROWS))]
     parts = (*singles, (0, seen.rows // 2), (seen.rows // 2, seen.rows))
-    rewinding = Rewinding([target.site.module] if target.site.module is not None else [])
+    rewinding = Rewinding([target.site.modules])
 
     def run(values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
         given = [values[node].detach().clone() for node in nodes]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,8 +26,8 @@ from ._lazy import compiled_when_called
 from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure
 from ._opaque import Opaque
+from ._places import revealed
 from ._rows import RowAnalysis, analyse, getattr_path, is_random
-from ._side_effects import Left, dotted, revealed
 from ._sizes import ROWS
 from ._stated import state
 from ._structure import Structure, flatten
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-logger = logging.getLogger(__name__)
+    from ._places import Place
+    from ._side_effects import Left
+
 
 _EXPORTED_NAME = "model."
 
@@ -61,6 +62,7 @@ class Captured:
         static_rows: the only number of rows the capture is valid for; `None` for any.
         batch_inputs: positions of the tensors, among the graph's inputs, that hold rows.
         left: what a call leaves in attributes of modules.
+        read: places in the user's objects that its forward has read.
     """
 
     graph_json: str
@@ -73,6 +75,7 @@ class Captured:
     static_rows: int | None
     batch_inputs: list[int]
     left: Left
+    read: frozenset[Place]
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
@@ -165,11 +168,8 @@ def capture(
         message = "the batch is empty, and a model is captured with its first"
         raise CaptureError(message, "pass at least one row the first time")
     call = _Call(model, tensors, names, structure, rows)
-    with _uncollected(), revealed(model):
-        captured = _splittable(call, output_reduction)
-    for place in captured.left.constants:
-        logger.warning("`%s` changes in forward; captured, it is a constant", dotted(place))
-    return captured
+    with _uncollected(), revealed(model.modules()):
+        return _splittable(call, output_reduction)
 
 
 @contextmanager
@@ -258,6 +258,7 @@ def _captured(
         static_rows=rows if program.static_reason is not None else None,
         batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
         left=program.left,
+        read=program.read,
         _arguments=structure,
         _description=_describe(tensors, structure),
         _results=program.results,

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
 from ._form import Form
-from ._side_effects import reveal, unchanged
+from ._places import reveal
+from ._snapshot import unchanged
 from ._stated import check_stated
 from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
@@ -277,7 +278,7 @@ class Deployment:
         Those of parts that it leaves whole do not count.
         """
         whole = variant.captured.whole_modules()
-        news = self._form.settle(variant.captured.left)
+        news = self._form.settle(variant.captured.left, variant.captured.read)
         if news or not whole <= self._whole:
             self._whole |= whole
             form = self._form.digest(self._whole)
@@ -378,7 +379,7 @@ class Deployment:
             self._give_back()
         self.closed = True
         self._variants.clear()
-        reveal(self.model)
+        reveal(self.model.modules())
         if self.whole_optimizer is not None and self.deployed:
             self.whole_optimizer.undeploy(self.holders)
         if self.deployed:

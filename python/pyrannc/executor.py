@@ -153,7 +153,7 @@ class Executor:
         in_flight = []
         written = step.buffers.begin(stage)
         self._meet(action, step)
-        with self._as_begun(action, step):
+        with self._as_begun(action, step, check=True):
             for unit, needed in zip(stage.units, stage.needed, strict=True):
                 with self.sharding.gathered(unit.parameters):
                     state = self._run_unit(unit, values, written, action, step)
@@ -167,11 +167,14 @@ class Executor:
             step.slots[action.value_slot(value)] = values[value]
 
     @contextlib.contextmanager
-    def _as_begun(self, action: Action, step: Step) -> Iterator[None]:
-        """Has the body draw a microbatch's random numbers, and find attributes as they were."""
+    def _as_begun(self, action: Action, step: Step, *, check: bool = False) -> Iterator[None]:
+        """Has the body draw a microbatch's random numbers, and find attributes as they were.
+
+        With `check` it has to leave in attributes what capture has told.
+        """
         with (
             self.streams.of(step.seed, action.stage, action.microbatch),
-            self.stages[action.stage].rewinding.of(step.seed),
+            self.stages[action.stage].rewinding.of(step.seed, check=check),
         ):
             yield
 

@@ -31,7 +31,7 @@ class StageModule:
         buffers: the buffers that it uses, and tensors that capture found in the model's code.
         written: those of the buffers that it writes to.
         norms: its batch norms that see parts of the batch.
-        restless: submodules that run as they are and change attributes of their own.
+        whole: submodules that run as they are, each with all inside it, by their paths.
         module: the operators.
     """
 
@@ -43,10 +43,10 @@ class StageModule:
         self.buffers: dict[str, torch.Tensor] = {}
         self.written: dict[str, torch.Tensor] = {}
         self.norms = norms_of(part.module)
-        self.restless = [
-            operator.site.module
+        self.whole = [
+            operator.site.modules
             for operator in part.module.modules()
-            if isinstance(operator, Opaque) and operator.site.is_restless
+            if isinstance(operator, Opaque)
         ]
         self._extras = part.extras
         self._denominator_dtypes = part.denominator_dtypes
@@ -112,8 +112,7 @@ class Stage:
         needed = [set(placed.outputs)]
         for module in reversed(units[1:]):
             needed.append(needed[-1].union(module.inputs))
-        restless = dict.fromkeys(module for unit in units for module in unit.restless)
-        rewinding = Rewinding([module for module in restless if module is not None])
+        rewinding = Rewinding([part for unit in units for part in unit.whole], captured.left)
         return cls(placed.inputs, placed.outputs, units, needed[::-1], rewinding)
 
     @property

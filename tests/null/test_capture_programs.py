@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyrannc import _export
-from pyrannc._side_effects import Left, reveal
+from pyrannc._places import reveal
+from pyrannc._side_effects import Left
 from pyrannc.capture import capture
 from pyrannc.errors import CaptureError
 from tests.null.capturing import Graph, captured_graph, check_against_bare, check_parts
@@ -255,7 +256,7 @@ def test_a_tensor_kept_for_inspection_is_absent_afterwards() -> None:
     assert copy.deepcopy(model).kept is None
     assert repr(model.kept) == "<what forward left in `kept`>"
     assert capture(model, (torch.randn(4, 3),)).left == left
-    reveal(model)
+    reveal(model.modules())
     assert model.kept is None
 
 

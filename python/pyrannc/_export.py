@@ -22,10 +22,11 @@ from ._culprit import CustomBackward, Sites, Tracker, undisturbed
 from ._flat import module_path
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
+from ._outer import outer_names
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
-from ._snapshot import Changes, Snapshot
+from ._snapshot import Changes, Snapshot, same
 from ._structure import Structure, flatten
 from .errors import CaptureError
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from ._opaque import Opaque
+    from ._outer import Name
     from ._places import Place
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -209,6 +211,7 @@ class _Exporter:
         self.sites = Sites(model)
         self.left = self._left_by_sites = Left()
         self._model = model
+        self._names = outer_names(model)
         self._flat = flat
         self._candidates = candidates
 
@@ -235,10 +238,12 @@ class _Exporter:
         while True:
             try:
                 copies = self._copies(tensors, rows)
+                outside = self._outside()
                 module, state = self._traced(tracker, copies, candidates)
                 drawing = self._drawing(tensors, rows, candidates) if tracker.drew else []
                 unknown = _unknown_sizes(module)
                 if not unknown and not drawing:
+                    self._check_outside(outside, again)
                     changes = self._flat.changes
                     self.left = self._left_by_sites
                     if not changes.values and not changes.hooked:
@@ -316,6 +321,25 @@ class _Exporter:
             )
             self.sites.add_module(module)
 
+    def _outside(self) -> dict[Name, Any]:
+        """What is found by names outside of the model that its code reads."""
+        return {name: name.now() for name in self._names}
+
+    def _check_outside(self, before: dict[Name, Any], again: Callable[[], Outcome]) -> None:
+        """Refuses a forward that changes what is outside of the model, if it does so every time."""
+        once = self._outside()
+        if all(same(value, before[name]) for name, value in once.items()):
+            return
+        again()
+        for name, value in once.items():
+            if not same(name.now(), value):
+                name.restore(before[name])
+                raise CaptureError(
+                    f"the model's forward changes `{name.name}`, which is no part of the model: "
+                    "one that runs in parts would change it otherwise",
+                    hint="keep it in an attribute of the model, or have forward return it",
+                )
+
     def _own(self, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
         """Those which belong to the model."""
         own = set(self._model.modules())
@@ -358,7 +382,9 @@ class _Exporter:
             return seen[rows], results[rows]
 
         with no_autocast():
+            outside = self._outside()
             self.sites.observe(run, (rows, other))
+            self._check_outside(outside, again)
             self._left_by_sites = Left()
             if seen[rows].values:
                 settling = Settling(self._model, seen[rows], again, again, is_captured=False)
@@ -435,7 +461,7 @@ def _exported(
 
 @contextlib.contextmanager
 def _same_attributes(model: torch.nn.Module) -> Iterator[None]:
-    """Has modules hold the same objects after the body: the exporter leaves copies of containers."""
+    """Has modules hold the same objects after the body: the exporter leaves copies."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         yield

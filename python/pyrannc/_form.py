@@ -2,10 +2,10 @@
 
 What the attributes of modules hold is constant in a captured model, and what forward hooks do to
 tensors is part of it. So a model whose attributes or hooks have changed since is captured again. Of
-objects of the user's only those attributes count that a forward has read. What forward itself
-changes, where that changes nothing that is computed, does not count. Parts that were left whole do
-not count: they run as they are. Submodules and parameters, however, were placed, and must stay the
-same objects.
+objects of the user's only those attributes count that a forward has read. So do globals that the
+model's code names. What forward itself changes, where that changes nothing that is computed, does
+not count. Parts that were left whole do not count: they run as they are. Submodules and parameters,
+however, were placed, and must stay the same objects.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from . import _watched
+from ._outer import outer_names
 from ._places import Item, Place, dotted, fields, original, value_at
 from .batch_norm import check_groups
 from .errors import RaNNCError
@@ -38,6 +39,8 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 _TORCHS = frozenset(torch.nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MOST_BYTES = 1 << 20
+_READ, _OUTER = -1, -2
+"""Where what was read of objects, and what is outside of the model, stands among the parts."""
 
 
 class _Identities:
@@ -67,6 +70,21 @@ class _Identities:
 
 def _itself(thing: Any) -> Any:
     return thing
+
+
+class _History:
+    """Numbers values by when they were first seen in their place.
+
+    So values that are others on other processes, but stay so, do not tell these apart.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, dict[str, int]] = {}
+
+    def number(self, place: Any, value: Any) -> int:
+        """The number of a value."""
+        seen = self._seen.setdefault(place, {})
+        return seen.setdefault(repr(value), len(seen))
 
 
 class _Print:
@@ -142,7 +160,7 @@ class _Part:
             return False
         return (self.path, name) not in self._changed
 
-    def values(self, prints: _Print) -> list[Any]:
+    def values(self, prints: _Print, history: _History) -> list[Any]:
         """What the attributes hold, and how many hooks there are."""
         attributes = self._attributes
         if len(attributes) != self._size:
@@ -152,6 +170,8 @@ class _Part:
             value = attributes.get(name)
             if type(value) not in _PLAIN:
                 value = prints.of(value, (self.path, name), self._changed)
+            if name[0] == "_":
+                value = history.number((self.path, name), value)
             found.append(value)
         kinds = [attributes[kind] for kind in _HOOKS]
         if any(kinds):
@@ -188,6 +208,8 @@ class Form:
         self._parts = [_Part(path, module) for path, module in model.named_modules()]
         self._model = model
         self._identities = _Identities()
+        self._outer = outer_names(model)
+        self._history = _History()
         self._read: dict[Place, None] = {}
         self._changed: frozenset[Place] = frozenset()
         self._last: dict[int, list[Any]] = {}
@@ -208,9 +230,15 @@ class Form:
         for index, part in enumerate(self._parts):
             part.check()
             if id(part.module) not in whole:
-                found[index] = part.values(prints)
-        found[-1] = [
-            prints.of(value_at(self._model, place), place, self._changed) for place in self._read
+                found[index] = part.values(prints, self._history)
+        found[_READ] = [
+            self._history.number(
+                place, prints.of(value_at(self._model, place), place, self._changed)
+            )
+            for place in self._read
+        ]
+        found[_OUTER] = [
+            self._history.number(index, name.now()) for index, name in enumerate(self._outer)
         ]
         if found != self._last:
             check_module_hooks(self._model)
@@ -240,8 +268,13 @@ class Form:
             if index in self._last and index >= 0
             for name in self._parts[index].changed(self._last[index], now)
         ]
-        for place, before, now in zip(self._read, self._last.get(-1, []), found[-1], strict=False):
-            changed += [dotted(place)] if before != now else []
+        for index, names in (
+            (_READ, map(dotted, self._read)),
+            (_OUTER, [n.name for n in self._outer]),
+        ):
+            before = self._last.get(index, found[index])
+            triples = zip(names, before, found[index], strict=False)
+            changed += [name for name, former, now in triples if former != now]
         if changed:
             logger.warning(
                 "`%s` has changed since the last call; with each new value of an attribute the "

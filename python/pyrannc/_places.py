@@ -151,6 +151,9 @@ class Absent:
         before: what was there before any call; `GONE` if nothing was.
     """
 
+    place: Place
+    before: Any
+
     def __init__(self, place: Place, before: Any) -> None:
         object.__setattr__(self, "place", place)
         object.__setattr__(self, "before", before)

@@ -228,7 +228,7 @@ class _Container:
             pairs = zip(range(len(items)), items, before, strict=True)
         else:
             return {place: now}
-        return {(*place, Item(key)): new for key, new, old in pairs if not _same(new, old)}
+        return {(*place, Item(key)): new for key, new, old in pairs if not same(new, old)}
 
 
 class _Books(_Container):
@@ -335,12 +335,15 @@ def _alike(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, dict):
         one, other = list(one.items()), list(other.items())
-    return all(map(_same, one, other))
+    return all(map(same, one, other))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether this is the same value, or the same content in the same order."""
+    if isinstance(one, Content) and isinstance(other, Content):
+        return _alike(one.items, other.items)
     if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return one is other or _equal(one, other)
 
 

@@ -55,7 +55,7 @@ def watch(value: Any) -> bool:
     if held is not None:
         held[1] += 1
         return True
-    kind = type(value)
+    kind: Any = type(value)
     try:
         _CLASS.__set__(value, _watched(kind))
     except Exception:

@@ -1,0 +1,116 @@
+"""Numbers, flags and texts outside of a model that its code reads: globals and closures.
+
+What a forward finds there is constant in a captured model, as what it finds in attributes is. The
+names are those that occur in the code of the model's classes and of the functions which that code
+names in turn; that may be more than a forward reads, but not less where it asks for them by name.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ._places import GONE, Content, is_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+_MOST_FUNCTIONS = 2000
+_MOST_ITEMS = 1000
+_NOT_LOOKED_INTO = ("torch", "numpy", "builtins", "typing", "logging", "pyrannc")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Name:
+    """A global, or a variable of a closure.
+
+    Attributes:
+        name: what the code calls it.
+        where: the module's globals, or the cell.
+    """
+
+    name: str
+    where: Any
+
+    @property
+    def value(self) -> Any:
+        """What it stands for; `GONE` for nothing."""
+        if isinstance(self.where, dict):
+            return self.where.get(self.name, GONE)
+        try:
+            return self.where.cell_contents
+        except ValueError:
+            return GONE
+
+    def now(self) -> Any:
+        """What that is, or what it contains."""
+        value = self.value
+        return Content.of(value) if isinstance(value, (list, dict, set)) else value
+
+    def restore(self, value: Any) -> None:
+        """Has it be what `now` told."""
+        if isinstance(value, Content):
+            value.pour(self.value)
+        elif isinstance(self.where, dict):
+            self.where[self.name] = value
+        else:
+            self.where.cell_contents = value
+
+
+def outer_names(model: torch.nn.Module) -> list[Name]:
+    """The names outside of a model by which its code may find numbers, flags and texts."""
+    found: dict[tuple[int, str], Name] = {}
+    waiting = list(_functions_of(model))
+    seen = {id(function) for function in waiting}
+    while waiting and len(seen) < _MOST_FUNCTIONS:
+        function = waiting.pop()
+        for name in _names_in(function):
+            value = name.value
+            if isinstance(value, types.FunctionType):
+                if id(value) not in seen and not _is_foreign(value):
+                    seen.add(id(value))
+                    waiting.append(value)
+            elif _counts(value):
+                found[id(name.where), name.name] = name
+    return list(found.values())
+
+
+def _functions_of(model: torch.nn.Module) -> Iterator[types.FunctionType]:
+    kinds = {kind: None for module in model.modules() for kind in type(module).__mro__}
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in _NOT_LOOKED_INTO:
+            for member in vars(kind).values():
+                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                member = getattr(member, "__wrapped__", member)
+                if isinstance(member, types.FunctionType):
+                    yield member
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, types.FunctionType) and not _is_foreign(value):
+                yield value
+
+
+def _is_foreign(function: types.FunctionType) -> bool:
+    return str(function.__module__).partition(".")[0] in _NOT_LOOKED_INTO
+
+
+def _names_in(function: types.FunctionType) -> Iterator[Name]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        yield Name(name, cell)
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        for text in code.co_names:
+            if text in function.__globals__ and text[:2] != "__":
+                yield Name(text, function.__globals__)
+
+
+def _counts(value: Any) -> bool:
+    if isinstance(value, (list, set, dict)):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return len(value) <= _MOST_ITEMS and all(map(is_plain, items))
+    return is_plain(value)

@@ -98,6 +98,7 @@ class FlatModel(torch.nn.Module):
             results, _, structure = flatten(
                 self.model(*args, **kwargs), drop_unknown=True, root="result"
             )
+            before.check_tensors()
             before.keep_buffers()
         finally:
             self._noted.changes = before.restore()
@@ -246,7 +247,7 @@ class _Exporter:
                     self._check_outside(outside, again)
                     changes = self._flat.changes
                     self.left = self._left_by_sites
-                    if not changes.values and not changes.hooked:
+                    if not changes.any:
                         return module, state
                     real = self._real(tensors, rows)
                     settling = Settling(self._model, changes, again, real, is_captured=True)
@@ -386,7 +387,7 @@ class _Exporter:
             self.sites.observe(run, (rows, other))
             self._check_outside(outside, again)
             self._left_by_sites = Left()
-            if seen[rows].values:
+            if seen[rows].any:
                 settling = Settling(self._model, seen[rows], again, again, is_captured=False)
                 self._left_by_sites = settling.left()
                 self.sites.observe(run, (rows, other))

@@ -13,10 +13,11 @@ from ._flat import Operator, is_value, operator_of, outputs_of, positional, tens
 from ._layout import NONE, WHOLE, Layout, Split, in_json
 from ._rows import RowAnalysis, getattr_path, is_random
 from ._sizes import affine
+from ._snapshot import written_to
 
 if TYPE_CHECKING:
     from ._export import Program
-    from ._measure import Measurements
+    from ._measure import Measurements, OperatorFacts
 
 
 class GraphFile:
@@ -51,6 +52,7 @@ class GraphFile:
         self._ordinals: dict[tuple[str, str], int] = {}
         self._nodes: list[dict[str, Any]] = []
         self._kinds = _kinds(model)
+        self._views: dict[fx.Node, set[fx.Node]] = {}
         self._add_state()
         for node, given in zip(inputs, input_names, strict=True):
             self._add_value(node, "input", given)
@@ -124,6 +126,7 @@ class GraphFile:
         key = f"{what.module}/{what.name}#{ordinal}"
         self.node_by_key[key] = node
         facts = self._facts.operators[node]
+        self._check_writes(node, facts)
         read = [self._ids[tensor] for tensor in tensors_read(node)]
         written = {
             "key": key,
@@ -140,6 +143,17 @@ class GraphFile:
         if facts.aliases:
             written["aliases"] = [self._ids[tensor] for tensor in facts.aliases]
         self._nodes.append(written)
+
+    def _check_writes(self, node: fx.Node, facts: OperatorFacts) -> None:
+        """Refuses to write into what is no buffer, directly or through a view of it."""
+        known = {c for tensor in facts.aliases for c in self._views.get(tensor, {tensor})}
+        for output in outputs_of(node):
+            self._views[output] = known
+        for tensor in facts.writes:
+            for viewed in {tensor, *self._views.get(tensor, ())}:
+                index = self._ids[viewed]
+                if self.values[index]["kind"] == "constant":
+                    raise written_to(self.values[index]["name"].removeprefix("model."))
 
     def _batch_for_random(self, node: fx.Node, read: list[int]) -> list[int]:
         """Ties random numbers to the batch: copies of the operator would draw different ones."""

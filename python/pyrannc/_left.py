@@ -79,6 +79,7 @@ class Settling:
     real: Callable[[], Outcome] | None
     is_captured: bool
     _usual: object = None
+    _values: Mapping[Place, Any] = field(default_factory=dict)
     _absent: dict[Place, None] = field(default_factory=dict)
 
     def left(self) -> Left:
@@ -90,7 +91,11 @@ class Settling:
         values = self.changes.values
         if self.changes.hooked:  # private notes that hooks are there, which are put back, too
             values = {place: value for place, value in values.items() if place[-1][0] != "_"}
-        read = self._read(values)
+        self._values = {**values, **self.changes.iterators}
+        read = self._read(self._values)
+        values = {
+            place: value for place, value in self._values.items() if place in {*values, *read}
+        }
         objects = [place for place in read if not is_plain(values[place])]
         numbers = [place for place in read if is_plain(values[place])]
         for places in self._alike(objects):
@@ -154,7 +159,7 @@ class Settling:
                 hidden = [place for place in hidden if place not in found]
             else:
                 break
-        found = [place for place in hidden if self.changes.values[place] is GONE]
+        found = [place for place in hidden if self._values[place] is GONE]
         for places in self._alike(hidden) if not self._with(_absent(self.model, hidden))[1] else []:
             found += [] if self._with(_absent(self.model, places))[1] else places
         return read + found
@@ -166,7 +171,7 @@ class Settling:
         them.
         """
         before = {place: value_at(self.model, place) for place in places}
-        after = {place: self.changes.values[place] for place in places}
+        after = {place: self._values[place] for place in places}
         changes, same = self._with(after)
         growing = [place for place in places if place in changes.values]
         if self.is_captured and not same:
@@ -199,7 +204,7 @@ class Settling:
         Raises:
             CaptureError: when it does.
         """
-        values = self.changes.values
+        values = self._values
         after = {place: self._stand_in(place) for place in places}
         beyond = {place: later(value, _FAR) for place, value in after.items()}
         if self._with(after)[1] and self._with(beyond)[1] and self._is_idle(after):
@@ -221,14 +226,14 @@ class Settling:
         If one of these depends on the batch size, with something whose use is an error.
         """
         if not self.is_captured:
-            return self.changes.values[place]
+            return self._values[place]
 
         def change(tensor: torch.Tensor) -> Any:
             if any(not isinstance(size, int) for size in tensor.shape):
                 return Absent(place, None)
             return torch.zeros([*tensor.shape], dtype=tensor.dtype, device=tensor.device)
 
-        return with_leaves(self.changes.values[place], change)
+        return with_leaves(self._values[place], change)
 
     def _is_idle(self, after: Mapping[Place, Any]) -> bool:
         """Whether a real forward does the same with zeros in place of tensors."""

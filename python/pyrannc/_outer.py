@@ -1,4 +1,4 @@
-"""Numbers, flags and texts outside of a model that its code reads: globals and closures.
+"""Numbers, flags and texts outside of a model that its code reads: globals, closures, classes.
 
 What a forward finds there is constant in a captured model, as what it finds in attributes is. The
 names are those that occur in the code of the model's classes and of the functions which that code
@@ -25,11 +25,11 @@ _NOT_LOOKED_INTO = ("torch", "numpy", "builtins", "typing", "logging", "pyrannc"
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Name:
-    """A global, or a variable of a closure.
+    """A global, a variable of a closure, or an attribute of a class.
 
     Attributes:
         name: what the code calls it.
-        where: the module's globals, or the cell.
+        where: the module's globals, the cell, or the class.
     """
 
     name: str
@@ -40,6 +40,8 @@ class Name:
         """What it stands for; `GONE` for nothing."""
         if isinstance(self.where, dict):
             return self.where.get(self.name, GONE)
+        if isinstance(self.where, type):
+            return vars(self.where).get(self.name, GONE)
         try:
             return self.where.cell_contents
         except ValueError:
@@ -56,18 +58,21 @@ class Name:
             value.pour(self.value)
         elif isinstance(self.where, dict):
             self.where[self.name] = value
+        elif isinstance(self.where, type):
+            setattr(self.where, self.name, value)
         else:
             self.where.cell_contents = value
 
 
 def outer_names(model: torch.nn.Module) -> list[Name]:
     """The names outside of a model by which its code may find numbers, flags and texts."""
-    found: dict[tuple[int, str], Name] = {}
-    waiting = list(_functions_of(model))
+    kinds = [kind for kind in _classes_of(model) if not _is_foreign(kind)]
+    of_classes = [Name(name, kind) for kind in kinds for name in vars(kind) if name[:2] != "__"]
+    waiting = list(_functions_of(model, kinds))
     seen = {id(function) for function in waiting}
+    found = {(id(name.where), name.name): name for name in of_classes if _counts(name.value)}
     while waiting and len(seen) < _MOST_FUNCTIONS:
-        function = waiting.pop()
-        for name in _names_in(function):
+        for name in _names_in(waiting.pop()):
             value = name.value
             if isinstance(value, types.FunctionType):
                 if id(value) not in seen and not _is_foreign(value):
@@ -78,23 +83,22 @@ def outer_names(model: torch.nn.Module) -> list[Name]:
     return list(found.values())
 
 
-def _functions_of(model: torch.nn.Module) -> Iterator[types.FunctionType]:
-    kinds = {kind: None for module in model.modules() for kind in type(module).__mro__}
-    for kind in kinds:
-        if kind.__module__.partition(".")[0] not in _NOT_LOOKED_INTO:
-            for member in vars(kind).values():
-                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
-                member = getattr(member, "__wrapped__", member)
-                if isinstance(member, types.FunctionType):
-                    yield member
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, types.FunctionType) and not _is_foreign(value):
-                yield value
+def _classes_of(model: torch.nn.Module) -> dict[type, None]:
+    return {kind: None for module in model.modules() for kind in type(module).__mro__}
 
 
-def _is_foreign(function: types.FunctionType) -> bool:
-    return str(function.__module__).partition(".")[0] in _NOT_LOOKED_INTO
+def _functions_of(model: torch.nn.Module, kinds: list[type]) -> Iterator[types.FunctionType]:
+    members = [member for kind in kinds for member in vars(kind).values()]
+    members += [value for module in model.modules() for value in vars(module).values()]
+    for member in members:
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        function = getattr(function, "__wrapped__", function)
+        if isinstance(function, types.FunctionType) and not _is_foreign(function):
+            yield function
+
+
+def _is_foreign(code: Any) -> bool:
+    return str(code.__module__).partition(".")[0] in _NOT_LOOKED_INTO
 
 
 def _names_in(function: types.FunctionType) -> Iterator[Name]:

@@ -115,6 +115,7 @@ class Rewinding:
 
         Raises:
             ExecutionError: if it does not.
+            CaptureError: if it writes into tensors that are no buffers.
         """
         if not self._modules:
             yield
@@ -128,6 +129,8 @@ class Rewinding:
             before = Snapshot(self._modules.items())
             try:
                 yield
+                if check:
+                    before.check_tensors()
             finally:
                 changes = before.restore()
                 self._set(now)

@@ -8,7 +8,9 @@ Everything else is put back as it was, as the exporter's tensors must not stay o
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import IOBase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,7 @@ from ._places import (
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
 _LEAVES = frozenset({
     bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.nn.Parameter,
@@ -46,20 +48,30 @@ class Changes:
     Attributes:
         values: new values, by place.
         hooked: whether it added or removed hooks.
+        iterators: those which it may have advanced.
     """
 
     values: Mapping[Place, Any] = field(default_factory=dict)
     hooked: bool = False
+    iterators: Mapping[Place, Any] = field(default_factory=dict)
+
+    @property
+    def any(self) -> bool:
+        """Whether it may have changed anything."""
+        return bool(self.values or self.hooked or self.iterators)
 
     def within(self, paths: Iterable[str]) -> Changes:
         """Those of some submodules and of what they hold."""
         outer = [path + "." if path else "" for path in paths]
-        inside = {
-            place: value
-            for place, value in self.values.items()
-            if any((place[0] + ".").startswith(path) for path in outer)
-        }
-        return Changes(inside, self.hooked)
+
+        def inside(values: Mapping[Place, Any]) -> dict[Place, Any]:
+            return {
+                place: value
+                for place, value in values.items()
+                if any((place[0] + ".").startswith(path) for path in outer)
+            }
+
+        return Changes(inside(self.values), self.hooked, inside(self.iterators))
 
     def touch(self, place: Place) -> bool:
         """Whether it changed what is there, or something in it."""
@@ -81,6 +93,8 @@ class Snapshot:
         self._buffers: list[_Buffers] = []
         self._parts: list[_Parts] = []
         self._held: list[_Held] = []
+        self._tensors: list[tuple[Place, torch.Tensor, int]] = []
+        self._iterators: dict[Place, Any] = {}
         self._watched: dict[int, tuple[Any, Place]] = {}
         self._untouched: set[int] = set()
         modules = list(modules)
@@ -114,16 +128,19 @@ class Snapshot:
             if name in quiet:
                 if isinstance(value, (dict, list, set)) and name not in (*_PARTS, "_buffers"):
                     self._held.append(_Books((path, name), value))
-            elif type(value) not in _LEAVES:
+            else:
                 self._visit((path, name), value)
 
     def _hold_object(self, place: Place, holder: Any) -> None:
         self._held.append(_Fields(place, holder, frozenset()))
         for name, value in list(fields(holder).items()):
-            if type(value) not in _LEAVES:
-                self._visit((*place, name), value)
+            self._visit((*place, name), value)
 
     def _visit(self, place: Place, value: Any) -> None:
+        if type(value) is torch.Tensor and not value.is_inference():
+            self._tensors.append((place, value, value._version))
+        if type(value) in _LEAVES:
+            return
         if isinstance(value, tuple):
             self._visit_items(place, enumerate(value))
             return
@@ -141,11 +158,22 @@ class Snapshot:
             self._untouched.add(id(value))
         elif _watched.is_namespace(value):
             self._hold_object(place, value)
+        elif isinstance(value, Iterator) and not isinstance(value, IOBase):
+            self._iterators[place] = value
 
     def _visit_items(self, place: Place, items: Iterable[tuple[Any, Any]]) -> None:
         for key, value in items:
-            if type(value) not in _LEAVES:
-                self._visit((*place, Item(key)), value)
+            self._visit((*place, Item(key)), value)
+
+    def check_tensors(self) -> None:
+        """Looks whether tensors that are no buffers were written to.
+
+        Raises:
+            CaptureError: if so.
+        """
+        for place, tensor, version in self._tensors:
+            if tensor._version != version:
+                raise written_to(dotted(place))
 
     def keep_buffers(self) -> None:
         """Writes what was assigned to buffers into them.
@@ -169,7 +197,7 @@ class Snapshot:
                     hooked = True
                 elif not any(place[:length] in values for length in range(2, len(place))):
                     values[place] = value
-        return Changes(values, hooked)
+        return Changes(values, hooked, self._iterators)
 
     def _end(self) -> None:
         _watched.ignore(self)
@@ -315,6 +343,16 @@ class _Parts:
 
 
 _Held = _Fields | _Container | _Buffers | _Parts
+
+
+def written_to(name: str) -> CaptureError:
+    """The error for a forward that writes into a tensor of the model's that is no buffer."""
+    return CaptureError(
+        f"forward writes into the tensor `{name}`, which is no buffer: a model that runs in parts "
+        "does not know where to keep it",
+        hint="register it as a buffer, with persistent=False if state dictionaries should not "
+        "have it",
+    )
 
 
 @contextlib.contextmanager

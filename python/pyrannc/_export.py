@@ -212,7 +212,7 @@ class _Exporter:
         self.sites = Sites(model)
         self.left = self._left_by_sites = Left()
         self._model = model
-        self._names = outer_names(model)
+        self._first_outside = {name: name.now() for name in outer_names(model)}
         self._flat = flat
         self._candidates = candidates
 
@@ -324,7 +324,7 @@ class _Exporter:
 
     def _outside(self) -> dict[Name, Any]:
         """What is found by names outside of the model that its code reads."""
-        return {name: name.now() for name in self._names}
+        return {name: name.now() for name in self._first_outside}
 
     def _check_outside(self, before: dict[Name, Any], again: Callable[[], Outcome]) -> None:
         """Refuses a forward that changes what is outside of the model, if it does so every time."""
@@ -334,7 +334,8 @@ class _Exporter:
         again()
         for name, value in once.items():
             if not same(name.now(), value):
-                name.restore(before[name])
+                for other, first in self._first_outside.items():
+                    other.restore(first)
                 raise CaptureError(
                     f"the model's forward changes `{name.name}`, which is no part of the model: "
                     "one that runs in parts would change it otherwise",

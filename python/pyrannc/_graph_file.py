@@ -14,6 +14,7 @@ from ._layout import NONE, WHOLE, Layout, Split, in_json
 from ._rows import RowAnalysis, getattr_path, is_random
 from ._sizes import affine
 from ._snapshot import written_to
+from .errors import CaptureError
 
 if TYPE_CHECKING:
     from ._export import Program
@@ -127,6 +128,7 @@ class GraphFile:
         self.node_by_key[key] = node
         facts = self._facts.operators[node]
         self._check_writes(node, facts)
+        _check_generators(node, what)
         read = [self._ids[tensor] for tensor in tensors_read(node)]
         written = {
             "key": key,
@@ -183,6 +185,17 @@ class GraphFile:
         if len(text) <= 200:
             return text
         return f"{what.name}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _check_generators(node: fx.Node, what: Operator) -> None:
+    """Refuses to draw from a generator of the user's, which all parts would share."""
+    if node.kwargs.get("generator") is not None:
+        raise CaptureError(
+            f"`{what.name}` in `{what.module or 'the model'}` draws from a generator of its own: a "
+            "model that runs in parts draws in another order, and again when it recomputes",
+            hint="leave `generator` out: every part has a stream of numbers of its own, derived "
+            "from torch.manual_seed",
+        )
 
 
 def _kinds(model: torch.nn.Module) -> dict[str, str]:

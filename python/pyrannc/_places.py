@@ -95,8 +95,10 @@ def _state(generator: Any) -> bytes:
         return pickle.dumps(generator.getstate())
     if isinstance(generator, np.random.Generator):
         return pickle.dumps(generator.bit_generator.state)
-    with _disable_current_modes():
+    if isinstance(generator, np.random.RandomState):
         return pickle.dumps(generator.get_state())
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return pickle.dumps(generator.get_state().numpy().tobytes())
 
 
 def _set_state(generator: Any, state: Any) -> None:
@@ -104,9 +106,11 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.setstate(state)
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
     else:
-        with _disable_current_modes():
-            generator.set_state(state)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def is_plain(value: object) -> bool:
@@ -212,8 +216,10 @@ class _Slots(dict[str, Any]):
     """The attributes of an object that has slots for them."""
 
     def __init__(self, holder: Any) -> None:
-        names = [n for kind in type(holder).__mro__ for n in _slots(kind) if hasattr(holder, n)]
-        super().__init__({name: object.__getattribute__(holder, name) for name in names})
+        super().__init__()
+        for name in (name for kind in type(holder).__mro__ for name in _slots(kind)):
+            with contextlib.suppress(AttributeError):
+                super().__setitem__(name, object.__getattribute__(holder, name))
         self._holder = holder
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -250,7 +250,7 @@ class _Container:
             return {}
         self._before.pour(self._container)
         place, items, before = self._place, now.items, self._before.items
-        if isinstance(items, dict) and isinstance(before, dict) and items.keys() == before.keys():
+        if isinstance(items, dict) and isinstance(before, dict) and [*items] == [*before]:
             pairs: Iterable[Any] = [(key, items[key], before[key]) for key in items]
         elif isinstance(self._container, list) and len(items) == len(before):
             pairs = zip(range(len(items)), items, before, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -291,19 +290,6 @@ def test_what_a_call_goes_on_with_is_refused(pair: bool) -> None:
         with pytest.raises(CaptureError, match=r"goes on with what an earlier.*`kept`.*\n.*return"):
             capture(model, (torch.randn(4, 3),))
         assert model.kept is None
-
-
-def test_contents_of_lists_are_put_back_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    def listing(model: Program, x: Tensor) -> Tensor:
-        model.history.append(x)
-        return model.second(x)
-
-    model = Program(listing)
-    model.history = []
-    with caplog.at_level(logging.WARNING, "pyrannc"):
-        capture(model, (torch.randn(4, 3),))
-    assert model.history == []
-    assert caplog.messages == ["`history` changes in forward; captured, it is a constant"]
 
 
 def test_hooks_of_a_forward_are_put_back() -> None:

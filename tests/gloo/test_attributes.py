@@ -142,3 +142,144 @@ def carry() -> None:
 
 def test_what_a_call_goes_on_with_is_refused(pools: Pools) -> None:
     pools.run(2, carry)
+
+
+FACTOR = 1.0
+
+
+class Notes:
+    """What a script counts, and how it is set."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.factor = 1.0
+
+
+class Noting(nn.Module):
+    """Reads settings of all kinds, and counts in containers and objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.notes, self.counts = Notes(), {"calls": 0, "steps": [0, 0]}
+        self._factor, self.factors, self.shape = 1.0, [1.0], (1.0, 2.0)
+        self.kept: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.notes.calls += 1
+        self.counts["calls"] += 1
+        self.counts["steps"][1] += 2
+        hidden = torch.tanh(self.first(x)) * self.notes.factor * self._factor * self.shape[0]
+        self.kept.append(hidden)
+        return self.last(hidden) * sum(self.factors) * FACTOR
+
+
+class NotingWhole(Noting):
+    """The same around something that runs as it is and counts, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Counting()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(super().forward(x))
+
+
+class Counting(nn.Module):
+    """Decides by what tensors hold, and reads and counts what it keeps in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"calls": 0}
+        self.kept: list[float] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.counts["calls"] += 1
+        self.kept.append(float(x.detach().mean()))
+        return x if x.sum().isnan() else x * self.counts["calls"]
+
+
+SETTINGS = [
+    lambda model: setattr(model.notes, "factor", 2.0),
+    lambda model: setattr(model, "_factor", 0.5),
+    lambda model: model.factors.append(0.5),
+    lambda model: setattr(model, "shape", (0.5, 1.0)),
+    lambda model: globals().update(FACTOR=1.5),
+]
+
+
+def count_and_set(kind: type[nn.Module], layout: Layout, folder: str) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    bare, model = make(kind), make(kind)
+    globals().update(FACTOR=1.0)
+    mine = torch.optim.SGD(model.parameters(), lr=0.1)
+    theirs = torch.optim.SGD(bare.parameters(), lr=0.1)
+    file = deployment(lambda: make(kind), (share(x),), layout, folder)
+    wrapped = pyrannc.RaNNCModule(model, mine, load_deployment=file, config=config(len(layout), 2))
+    kept = model.kept
+    for change in [*SETTINGS, lambda model: None]:
+        expected, found = bare(x), wrapped(share(x))
+        torch.testing.assert_close(found, share(expected), **EXACT)
+        assert (vars(model.notes), model.counts) == (vars(bare.notes), bare.counts)
+        if kind is NotingWhole:
+            assert model.inner.counts == bare.inner.counts
+        for optimizer, output in ((mine, found), (theirs, expected)):
+            optimizer.zero_grad()
+            output.square().mean().backward()
+            optimizer.step()
+        change(bare), change(model)
+    with pytest.raises(pyrannc.RaNNCError, match=r"`kept` is what.*\n.*have forward return it"):
+        model.kept.clear()
+    wrapped.undeploy()
+    assert model.kept is kept
+    assert kept == []
+
+
+@pytest.mark.parametrize("layout", [((0,),), ((0,), (1,)), ((0,), (1, 2, 3))], ids=str)
+@pytest.mark.parametrize("kind", [Noting, NotingWhole])
+def test_settings_and_counters_in_containers_and_objects(
+    pools: Pools, kind: type[nn.Module], layout: Layout, tmp_path: Path
+) -> None:
+    world = 1 + max(rank for ranks in layout for rank in ranks)
+    pools.run(world, count_and_set, kind, layout, str(tmp_path))
+
+
+class Totalling(nn.Module):
+    """Counts by what tensors hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.inner = Positive()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(self.first(x)))
+
+
+class Positive(nn.Module):
+    """Counts positive numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total += int((x.detach() > 0).sum())
+        return x * 2
+
+
+def call_often(model: nn.Module) -> None:
+    for _ in range(8):
+        model(torch.randn(4, 4))
+
+
+def total() -> None:
+    torch.manual_seed(0)
+    wrapped = pyrannc.RaNNCModule(Totalling(), config=config(2))
+    with pytest.raises(pyrannc.RaNNCError, match=r"`inner.total` became .* in a part"):
+        call_often(wrapped)
+    wrapped.undeploy()
+
+
+def test_what_depends_on_the_content_of_tensors_is_refused(pools: Pools) -> None:
+    pools.run(2, total)

@@ -3,7 +3,7 @@
 Methods of the model may call it or its parts: ``generate()``, ``forward_features()``. Once
 deployed, the parts of a model are on several ranks, and a call of one by itself would compute with
 what happens to be here, or give gradients that no other rank hears of. So every part that has
-parameters is watched, and such calls are errors.
+parameters is watched, and such calls are errors. So are state dictionaries of parts of parameters.
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ def lifted() -> Iterator[None]:
         _lifted.pop()
 
 
-class _Guard:
-    """A pre-hook of one submodule. Copies and pickles of the submodule do not have it."""
+class _Hook:
+    """A hook of ours on a submodule, of which copies and pickles do not have it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _nothing_to_watch, ()
+
+
+class _Guard(_Hook):
+    """Watches calls of one submodule."""
 
     def __init__(self, path: str, names: list[str], divided: Container[str]) -> None:
         self.path = path
@@ -62,8 +69,24 @@ class _Guard:
                 "torch.no_grad(), this rank may call it",
             )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _nothing_to_watch, ()
+
+class _StateGuard(_Hook):
+    """Watches state dictionaries of one submodule."""
+
+    def __init__(self, names: list[str], divided: Container[str]) -> None:
+        self.names = names
+        self.divided = divided
+
+    def __call__(self, *_: Any) -> None:
+        if _lifted:
+            return
+        for name in self.names:
+            if name in self.divided:
+                raise RaNNCError(
+                    f"`state_dict()` of the deployed model would have this rank's part of `{name}`"
+                    ", which replicas divide among themselves",
+                    hint="call the RaNNCModule's own state_dict(), on all ranks",
+                )
 
 
 def _nothing_to_watch() -> Callable[..., None]:
@@ -91,6 +114,8 @@ class Guards:
             if names:
                 hook = _Guard(path, names, divided)
                 self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+                watch = _StateGuard(names, divided)
+                self._handles.append(module.register_state_dict_pre_hook(watch))
 
     def remove(self) -> None:
         """Watches no longer."""
@@ -100,4 +125,4 @@ class Guards:
 
 def is_guard(hook: object) -> bool:
     """Whether a pre-hook is one of ours."""
-    return isinstance(hook, _Guard) or hook is _ignore
+    return isinstance(hook, _Hook) or hook is _ignore

@@ -15,6 +15,7 @@ import torch
 
 from . import elsewhere
 from .errors import RaNNCError
+from .guards import lifted
 from .meeting import raise_together
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def gather(
     }
     if holders.comm.rank != 0:
         return {}
-    with sharding.whole(), _replaced({name: tensors[name] for name in whole}, whole):
+    with lifted(), sharding.whole(), _replaced({name: tensors[name] for name in whole}, whole):
         return model.state_dict(*args, **{**kwargs, "keep_vars": False})
 
 

@@ -275,6 +275,7 @@ def part(layout: Layout, level: str, fused: bool, folder: str) -> None:
     planned = deployment(make_scaled, (share(x),), layout, folder, 1, level)
     plain, model = make_scaled(), make_scaled()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=fused) for m in (plain, model)]
+    model_keys = model.state_dict().keys()
     wrapped = pyrannc.RaNNCModule(model, optimizers[1], load_deployment=planned, config=CONFIG)
 
     def step(called: nn.Module, rows: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -286,6 +287,9 @@ def part(layout: Layout, level: str, fused: bool, folder: str) -> None:
         step(plain, x, optimizers[0])
         step(wrapped, share(x), optimizers[1])
     held = [name for name, _ in wrapped.named_parameters()]
+    with pytest.raises(pyrannc.RaNNCError, match=r"this rank's part of .*\n.*own state_dict\(\)"):
+        model.state_dict()
+    assert wrapped.state_dict().keys() == (model_keys if pyrannc.get_rank() == 0 else set())
     pyrannc.clear()
     expected, found = dict(plain.named_parameters()), dict(model.named_parameters())
     for name in held:

@@ -7,9 +7,10 @@ import importlib
 import io
 import logging
 import re
+import sys
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -23,6 +24,7 @@ from ._flat import module_path
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
 from ._outer import outer_names
+from ._places import Unreturned
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
@@ -95,9 +97,9 @@ class FlatModel(torch.nn.Module):
         args, kwargs = self._arguments.build(tensors)
         before = Snapshot(self.model.named_modules())
         try:
-            results, _, structure = flatten(
-                self.model(*args, **kwargs), drop_unknown=True, root="result"
-            )
+            with contextlib.redirect_stdout(cast("TextIO", _Heard(sys.stdout, self._noted))):
+                given = self.model(*args, **kwargs)
+            results, _, structure = flatten(given, unknown=_unreturned, root="result")
             before.check_tensors()
             before.keep_buffers()
         finally:
@@ -111,6 +113,14 @@ class FlatModel(torch.nn.Module):
         """What the last forward changed in attributes of modules."""
         return self._noted.changes
 
+    def tell(self) -> None:
+        """Warns of what a captured model does not do."""
+        if self._noted.printed:
+            _log.warning(
+                "forward prints: a captured model does so only while it is captured, not in every "
+                "call; have forward return what is to be seen"
+            )
+
     @property
     def read(self) -> frozenset[Place]:
         """Places in the user's objects that forwards have read."""
@@ -123,6 +133,11 @@ class FlatModel(torch.nn.Module):
         return self._noted.results
 
 
+def _unreturned(path: str, result: Any) -> Unreturned:
+    """Stands for a result that is no tensor."""
+    return Unreturned(f"result.{path}" if path else "result", type(result).__name__)
+
+
 @dataclass(slots=True)
 class _Noted:
     """What a forward left behind."""
@@ -130,6 +145,23 @@ class _Noted:
     results: Structure | None = None
     changes: Changes = field(default_factory=Changes)
     read: set[Place] = field(default_factory=set)
+    printed: bool = False
+
+
+class _Heard:
+    """Standard output that notes whether a model prints while it is exported."""
+
+    def __init__(self, output: Any, noted: _Noted) -> None:
+        self._output = output
+        self._noted = noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
+
+    def write(self, text: str) -> int:
+        """Passes it on."""
+        self._noted.printed |= torch.compiler.is_exporting()
+        return int(self._output.write(text))
 
 
 def export(
@@ -165,6 +197,7 @@ def export(
             static_reason = _restriction(module, set(symbols.values()))
             table = Symbols(list(symbols.values()))
         if symbols and (static_reason is None or rows > 1):
+            flat.tell()
             calls, exported_rows = exporter.sites.calls, max(rows, 2)
             return Program(
                 module,
@@ -179,6 +212,7 @@ def export(
                 flat.read,
             )
     module, state = exporter.export(tensors, rows, dynamic=False)
+    flat.tell()
     calls = exporter.sites.calls
     symbols_of_none = Symbols([])
     return Program(

@@ -159,7 +159,7 @@ class Site:
             call_args, call_kwargs = arguments.build(given)
             with hooks, flops:
                 result = self.function(*call_args, **call_kwargs)
-        outputs, _, results = flatten(result, drop_unknown=True, root="result")
+        outputs, _, results = flatten(result, unknown=_nothing, root="result")
         first = len(watched) - len(before)
         # Running statistics change without another version.
         changed = {first + i for i, t in enumerate(self._buffers) if not torch.equal(t, before[i])}
@@ -256,7 +256,7 @@ class Opaque(torch.nn.Module):
         args, kwargs = self._arguments.build(inputs)
         with lifted(), self.site.with_state(state):
             result = self.site.function(*args, **kwargs)
-        outputs, _, _ = flatten(result, drop_unknown=True, root="result")
+        outputs, _, _ = flatten(result, unknown=_nothing, root="result")
         return outputs
 
     def without_data(
@@ -313,6 +313,10 @@ class Opaque(torch.nn.Module):
             message = f"the sizes of what `{self.site.name}` gives depend on what it is given"
             raise CaptureError(message)
         return growth * rows + (sizes[0] - growth * self.runs[0].rows)
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for what a part gives that is no tensor."""
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

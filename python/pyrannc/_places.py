@@ -191,7 +191,40 @@ class Absent:
         return NotImplemented
 
 
+class UnreturnedError(CaptureError, AttributeError):
+    """Occurs when a result is used that a model which runs in parts cannot return."""
+
+
+class Unreturned(Absent):
+    """Stands for a result that may hold tensors unseen; whatever is done with it is an error."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__((name,), kind)
+
+    def __repr__(self) -> str:
+        """What it stands for."""
+        return f"<a {self.before}, which is not returned>"
+
+    def __str__(self) -> str:
+        """The same, as printing results is no use of them."""
+        return repr(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The same."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The same."""
+        return Unreturned, (*self.place, self.before)
+
+
 def _use(absent: Absent, *_: object) -> NoReturn:
+    if isinstance(absent, Unreturned):
+        raise UnreturnedError(
+            f"`{dotted(absent.place)}` is a {absent.before}, which a model that runs in parts does "
+            "not return, as it may hold tensors unseen",
+            hint="have forward return tensors in tuples, lists, dicts or dataclasses",
+        )
     raise AbsentError(absent.place)
 
 

@@ -98,13 +98,17 @@ class Structure:
 
 
 def flatten(
-    tree: Any, *, drop_unknown: bool = False, root: str = "argument"
+    tree: Any,
+    *,
+    unknown: Callable[[str, Any], Any] | None = None,
+    root: str = "argument",
 ) -> tuple[list[torch.Tensor], list[str], Structure]:
     """Takes a container apart.
 
     Args:
         tree: the container.
-        drop_unknown: replace objects of unknown types by `None` instead of refusing them.
+        unknown: gives what stands for an object of unknown type, by its path and itself; without
+            it they are refused.
         root: what the container is called in messages.
 
     Returns:
@@ -140,8 +144,8 @@ def flatten(
             for name in fields:
                 object.__setattr__(example, name, None)
             return Structure("dataclass", example, fields, children)
-        if drop_unknown:
-            return Structure("constant", None)
+        if unknown is not None:
+            return Structure("constant", unknown(".".join(path), item))
         place = " ".join((root, *path))
         message = f"`{place}` is a `{type(item).__qualname__}`, which may hold tensors unseen"
         hint = "pass tensors in tuples, lists, dicts or dataclasses"

@@ -162,6 +162,32 @@ def test_a_model_of_transformers_trains_in_two_stages(pools: Pools, name: str) -
     pools.run(2, train, name, seconds=200)
 
 
+def set_and_compare() -> None:
+    torch.manual_seed(0)
+    bare = gpt2()
+    torch.manual_seed(0)
+    wrapped = pyrannc.RaNNCModule(gpt2(), config=pyrannc.Config(partition_num=2, measure=False))
+    words = torch.randint(WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    mine = local({"input_ids": words})
+    for name in ("output_hidden_states", "use_cache", "return_dict"):
+        found, expected = wrapped(**mine), bare(**mine)
+        assert type(found) is type(expected)
+        assert found.keys() == expected.keys()
+        if "cache" in found:
+            assert "DynamicCache, which is not returned" in str(found["cache"])
+            with pytest.raises(pyrannc.RaNNCError, match=r"`result.cache` is a DynamicCache"):
+                found["cache"].get_seq_length()
+        torch.testing.assert_close(found.logits, expected.logits)
+        for model in (bare, wrapped):
+            setattr(model.config, name, not getattr(model.config, name))
+    assert isinstance(wrapped(**mine), tuple)
+    wrapped.undeploy()
+
+
+def test_settings_in_the_config_count(pools: Pools) -> None:
+    pools.run(2, set_and_compare)
+
+
 def balance_as_one() -> None:
     """Without a statement the batch stays whole, which is what the bare model does."""
     bare, whole = made("mixtral"), arguments("mixtral")

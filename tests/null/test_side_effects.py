@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import logging
 import pickle
 import random
 import types
@@ -435,6 +436,23 @@ def test_what_is_outside_of_the_model_is_not_changed(
     with pytest.raises(CaptureError, match=rf"changes `{name}`, which is no part.*\n.*attribute"):
         capture(model, (torch.randn(4, 3),))
     assert (CALLS, LOGGED, Model.calls) == (0, [], 0)
+
+
+@pytest.mark.parametrize("end", [lambda result: result, whole], ids=["captured", "whole"])
+def test_prints_are_told_of(
+    end: Callable[[Tensor], Tensor],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def printing(model: Any, x: Tensor) -> Tensor:
+        print("printed", x.shape[1])
+        return end(model.layer(x))
+
+    with caplog.at_level(logging.WARNING, "pyrannc"):
+        captured = capture(Model(printing), (torch.randn(4, 3),))
+    assert "printed 3\n" in capsys.readouterr().out
+    told = [message for message in caplog.messages if message.startswith("forward prints")]
+    assert len(told) == 1 or captured.runs_submodules
 
 
 def test_what_is_made_once_outside_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ however, were placed, and must stay the same objects.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import logging
 import weakref
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _TORCHS = frozenset(torch.nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BY_NAME = (
+    enum.Enum, int, float, complex, str, bytes, range, slice, np.generic, torch.dtype, torch.device
+)  # fmt: skip
 _MOST_BYTES = 1 << 20
 _READ, _OUTER = -1, -2
 """Where what was read of objects, and what is outside of the model, stands among the parts."""
@@ -119,6 +123,8 @@ class _Print:
             return self._items(enumerate(value), place, unless)
         if isinstance(value, (set, frozenset)):
             return sorted(map(repr, value))
+        if isinstance(value, _BY_NAME):
+            return f"{type(value).__qualname__} {value!r}"
         if _watched.is_namespace(value):
             return self._items(fields(value).items(), place, unless)
         if _watched.can_be_watched(value):

@@ -7,6 +7,7 @@ of a class of the same name that says which attribute is asked for.
 
 from __future__ import annotations
 
+import enum
 import functools
 import sys
 import types
@@ -22,6 +23,7 @@ _HEAP_TYPE = 1 << 9
 _CLASS = object.__dict__["__class__"]
 _listeners: list[Listener] = []
 _held: dict[int, list[Any]] = {}
+_unwatchable: set[type] = set()
 
 
 class Listener(Protocol):
@@ -36,12 +38,17 @@ def can_be_watched(value: object) -> bool:
     kind = type(value)
     return (
         bool(kind.__flags__ & _HEAP_TYPE)
+        and kind not in _unwatchable
         and has_fields(value)
-        and not isinstance(value, (type, types.ModuleType, torch.nn.Module, torch.Tensor))
+        and not isinstance(value, _NOT_WATCHED)
         and kind.__module__.partition(".")[0] not in _OTHERS
     )
 
 
+_NOT_WATCHED = (
+    type, types.ModuleType, torch.nn.Module, torch.Tensor,
+    enum.Enum, int, float, complex, str, bytes,
+)  # fmt: skip
 _OTHERS = frozenset(sys.stdlib_module_names) - {"__main__", "argparse", "dataclasses", "types"} | {
     "torch",
     "numpy",
@@ -59,6 +66,7 @@ def watch(value: Any) -> bool:
     try:
         _CLASS.__set__(value, _watched(kind))
     except Exception:
+        _unwatchable.add(kind)
         return False
     _held[id(value)] = [value, 1, kind]
     return True
@@ -143,4 +151,4 @@ def _watched(kind: Any) -> type:
 
 def is_namespace(value: object) -> bool:
     """Whether it keeps things in attributes and nothing else, but cannot be watched."""
-    return isinstance(value, types.SimpleNamespace)
+    return isinstance(value, types.SimpleNamespace) or type(value) in _unwatchable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import itertools
 import logging
 import pickle
@@ -51,6 +52,33 @@ class Meter:
         self.last = value
 
 
+class Way(enum.Enum):
+    """One of two."""
+
+    ON = "on"
+    BACK = "back"
+
+
+class Level(int):
+    """A number of a kind of its own."""
+
+
+class Closed(type):
+    """Has no other class derive from its own."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        if bases:
+            raise TypeError("final")
+        return super().__new__(cls, name, bases, members)
+
+
+class Sealed(metaclass=Closed):
+    """Cannot be watched."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class Model(nn.Module):
     """A layer and all kinds of things beside it."""
 
@@ -69,6 +97,7 @@ class Model(nn.Module):
         self.ordered = OrderedDict(first=1, second=2)
         self.meter = Meter()
         self.settings = types.SimpleNamespace(factor=1.0, calls=0)
+        self.sealed = Sealed()
         self.mask = torch.ones(3)
         self.masks = {"first": torch.ones(3)}
         self.steps = itertools.count()
@@ -94,7 +123,14 @@ def _one_thread() -> None:
 def _seen(model: nn.Module) -> str:
     """All that the model holds, as a text."""
     shown = {n: v for n, v in vars(model).items() if n[0] != "_" and n != "function"}
-    shown |= {"meter": vars(shown["meter"]), "chance": 0, "dice": 0, "generator": 0, "steps": 0}
+    shown |= {
+        "meter": vars(shown["meter"]),
+        "sealed": 0,
+        "chance": 0,
+        "dice": 0,
+        "generator": 0,
+        "steps": 0,
+    }
     return repr(sorted(shown.items()))
 
 
@@ -479,6 +515,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "namespace": (lambda m: setattr(m.settings, "factor", 7), lambda m: m.settings.factor),
     "tensor": (lambda m: setattr(m, "mask", torch.full((3,), 2.0)), lambda m: m.mask),
     "function": (lambda m: setattr(m, "count", torch.relu), lambda m: 2 if m.count else 1),
+    "enumeration": (lambda m: setattr(m, "count", Way.BACK), lambda m: 1 + (m.count is Way.BACK)),
+    "kind of number": (lambda m: setattr(m, "count", Level(3)), lambda m: 1 + m.count),
+    "unwatched": (lambda m: setattr(m.sealed, "count", 3), lambda m: 1 + m.sealed.count),
     "global": (lambda m: globals().update(FACTOR=2.0), lambda m: FACTOR),
     "class": (lambda m: setattr(type(m), "calls", 2), lambda m: m.calls + 1),
 }  # fmt: skip

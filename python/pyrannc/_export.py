@@ -24,7 +24,7 @@ from ._flat import module_path
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
 from ._outer import outer_names
-from ._places import Unreturned
+from ._places import Unreturned, dotted
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
@@ -245,6 +245,7 @@ class _Exporter:
     ) -> None:
         self.sites = Sites(model)
         self.left = self._left_by_sites = Left()
+        self._seen = Changes()
         self._model = model
         self._first_outside = {name: name.now() for name in outer_names(model)}
         self._flat = flat
@@ -280,6 +281,7 @@ class _Exporter:
                 if not unknown and not drawing:
                     self._check_outside(outside, again)
                     changes = self._flat.changes
+                    self._check_strayed(changes)
                     self.left = self._left_by_sites
                     if not changes.any:
                         return module, state
@@ -376,6 +378,22 @@ class _Exporter:
                     hint="keep it in an attribute of the model, or have forward return it",
                 )
 
+    def _check_strayed(self, captured: Changes) -> None:
+        """Refuses parts that run as they are and change what other parts of the model hold.
+
+        Args:
+            captured: what those others change.
+        """
+        inside = self._seen.within(self.sites.paths).values
+        for place in self._seen.values:
+            if place not in inside and not captured.touch(place):
+                raise CaptureError(
+                    f"a part of the model that runs as it is changes `{dotted(place)}`, which is "
+                    "not its own",
+                    hint="change it in the forward of the module that holds it, or register it as "
+                    "a buffer",
+                )
+
     def _own(self, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
         """Those which belong to the model."""
         own = set(self._model.modules())
@@ -411,7 +429,8 @@ class _Exporter:
 
         def run(count: int) -> None:
             results[count] = Results(self._flat(*self._copies(tensors, count)))
-            seen[count] = self._flat.changes.within(self.sites.paths)
+            self._seen = self._flat.changes
+            seen[count] = self._seen.within(self.sites.paths)
 
         def again() -> Outcome:
             self.sites.observe(run, (rows,))

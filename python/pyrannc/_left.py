@@ -93,9 +93,7 @@ class Settling:
             values = {place: value for place, value in values.items() if place[-1][0] != "_"}
         self._values = {**values, **self.changes.iterators}
         read = self._read(self._values)
-        values = {
-            place: value for place, value in self._values.items() if place in {*values, *read}
-        }
+        values = {**values, **{place: self._values[place] for place in read}}
         objects = [place for place in read if not is_plain(values[place])]
         numbers = [place for place in read if is_plain(values[place])]
         for places in self._alike(objects):

@@ -74,8 +74,8 @@ class Changes:
         return Changes(inside(self.values), self.hooked, inside(self.iterators))
 
     def touch(self, place: Place) -> bool:
-        """Whether it changed what is there, or something in it."""
-        return any(changed[: len(place)] == place for changed in self.values)
+        """Whether it changed what is there, something in it, or what that is in."""
+        return any(changed[: len(place)] == place[: len(changed)] for changed in self.values)
 
 
 class Snapshot:

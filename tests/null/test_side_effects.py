@@ -382,6 +382,26 @@ def test_a_whole_part_has_to_leave_what_was_told() -> None:
         pass
 
 
+class Straying(nn.Module):
+    """Counts in the module around it."""
+
+    def __init__(self, around: list[Any]) -> None:
+        super().__init__()
+        self.around = around
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.around[0].count += 1
+        return whole(x)
+
+
+def test_whole_parts_change_only_their_own() -> None:
+    model = Model(lambda model, x: model.inner(model.layer(x)))
+    model.inner = Straying([model])
+    with pytest.raises(CaptureError, match=r"as it is changes `count`, which is not its own"):
+        capture(model, (torch.randn(4, 3),))
+    assert model.count == 0
+
+
 @pytest.mark.parametrize("end", [lambda result: result, whole], ids=["captured", "whole"])
 def test_tensors_that_are_no_buffers_are_not_written_to(end: Callable[[Tensor], Tensor]) -> None:
     def directly(model: Any, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 NAMESPACE = "pyrannc_opaque"
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _numbers = itertools.count()
 
 
@@ -220,7 +222,14 @@ class Site:
                 buffers[name] = buffer
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Stands for the call during export."""
+        """Stands for the call during export.
+
+        Raises:
+            ValueError: when it is given a number that a tensor holds, so that the part around it
+                has to be left whole.
+        """
+        if any(isinstance(leaf, _NUMBERS) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise ValueError(f"`{self.name}` is given a number that depends on a tensor")
         tensors, _, arguments = flatten((args, kwargs))
         runs = [calls[self._next_call] for calls in self._observed.values()]
         self._next_call += 1

@@ -356,6 +356,27 @@ def test_packed_sequences_are_left_whole() -> None:
     check_against_bare(model, graph, args, {}, exact=False)
 
 
+def test_what_is_given_a_number_that_a_tensor_holds_is_left_whole() -> None:
+    class Choosing(nn.Module):
+        def forward(self, x: Tensor, largest: float) -> Tensor:
+            return x * 2 if largest > 0 else x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.choosing = nn.Linear(3, 4), Choosing()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return self.choosing(x, x.detach().max().item())
+
+    model = Model().double()
+    x = torch.randn(4, 3).double()
+    graph = captured_graph(model, x)
+    assert [node["op"] for node in graph.nodes] == ["opaque.Model"]
+    check_against_bare(model, graph, (x,), {}, exact=False)
+
+
 def test_sizes_cannot_be_returned() -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, int]:

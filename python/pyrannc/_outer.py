@@ -7,6 +7,7 @@ names in turn; that may be more than a forward reads, but not less where it asks
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _MOST_FUNCTIONS = 2000
 _MOST_ITEMS = 1000
-_NOT_LOOKED_INTO = ("torch", "numpy", "builtins", "typing", "logging", "pyrannc")
+_NOT_LOOKED_INTO = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "pyrannc"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -98,7 +99,8 @@ def _functions_of(model: torch.nn.Module, kinds: list[type]) -> Iterator[types.F
 
 
 def _is_foreign(code: Any) -> bool:
-    return str(code.__module__).partition(".")[0] in _NOT_LOOKED_INTO
+    home = code.__name__ if isinstance(code, types.ModuleType) else code.__module__
+    return str(home).partition(".")[0] in _NOT_LOOKED_INTO
 
 
 def _names_in(function: types.FunctionType) -> Iterator[Name]:
@@ -111,6 +113,10 @@ def _names_in(function: types.FunctionType) -> Iterator[Name]:
         for text in code.co_names:
             if text in function.__globals__ and text[:2] != "__":
                 yield Name(text, function.__globals__)
+                module = function.__globals__[text]
+                if isinstance(module, types.ModuleType) and not _is_foreign(module):
+                    inside = vars(module)
+                    yield from (Name(name, inside) for name in code.co_names if name in inside)
 
 
 def _counts(value: Any) -> bool:

@@ -25,6 +25,7 @@ from pyrannc._side_effects import Left, Rewinding
 from pyrannc._snapshot import Snapshot
 from pyrannc.capture import capture
 from pyrannc.errors import CaptureError, ExecutionError
+from tests.gloo import layouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -539,6 +540,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "kind of number": (lambda m: setattr(m, "count", Level(3)), lambda m: 1 + m.count),
     "unwatched": (lambda m: setattr(m.sealed, "count", 3), lambda m: 1 + m.sealed.count),
     "global": (lambda m: globals().update(FACTOR=2.0), lambda m: FACTOR),
+    "other file": (lambda m: setattr(layouts, "FACTOR", 2.0), lambda m: layouts.FACTOR),
     "class": (lambda m: setattr(type(m), "calls", 2), lambda m: m.calls + 1),
 }  # fmt: skip
 
@@ -549,6 +551,7 @@ def test_another_value_of_what_is_read_is_another_form(
 ) -> None:
     monkeypatch.setattr(Model, "calls", 0)
     monkeypatch.setitem(globals(), "FACTOR", 1.0)
+    monkeypatch.setattr(layouts, "FACTOR", 1.0, raising=False)
     change, read = CHANGES[kind]
     model = Model(lambda model, x: model.layer(x) * read(model))
     form = Form(model)

@@ -7,10 +7,9 @@ import importlib
 import io
 import logging
 import re
-import sys
 import warnings
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -21,15 +20,15 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ._autocast import no_autocast
 from ._culprit import CustomBackward, Sites, Tracker, undisturbed
 from ._flat import module_path
+from ._flat_model import FlatModel
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
 from ._outer import outer_names
-from ._places import Unreturned, dotted
+from ._places import dotted
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
-from ._snapshot import Changes, Snapshot, same
-from ._structure import Structure, flatten
+from ._snapshot import Changes, same
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from ._opaque import Opaque
     from ._outer import Name
     from ._places import Place
+    from ._structure import Structure
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -76,92 +76,6 @@ class Program:
     def dynamic(self) -> bool:
         """Whether its sizes are expressions of the number of rows."""
         return self.symbols.any
-
-
-class FlatModel(torch.nn.Module):
-    """A model that takes and gives flat lists of tensors.
-
-    Attributes:
-        results: the structure of what the model returned last.
-    """
-
-    def __init__(self, model: torch.nn.Module, arguments: Structure) -> None:
-        super().__init__()
-        self.model = model
-        self._arguments = arguments
-        # In an object of its own: the exporter puts plain attributes back as they were.
-        self._noted = _Noted()
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Calls the model."""
-        args, kwargs = self._arguments.build(tensors)
-        before = Snapshot(self.model.named_modules())
-        try:
-            with contextlib.redirect_stdout(cast("TextIO", _Heard(sys.stdout, self._noted))):
-                given = self.model(*args, **kwargs)
-            results, _, structure = flatten(given, unknown=_unreturned, root="result")
-            before.check_tensors()
-            before.keep_buffers()
-        finally:
-            self._noted.changes = before.restore()
-            self._noted.read |= before.read
-        self._noted.results = structure
-        return tuple(results)
-
-    @property
-    def changes(self) -> Changes:
-        """What the last forward changed in attributes of modules."""
-        return self._noted.changes
-
-    def tell(self) -> None:
-        """Warns of what a captured model does not do."""
-        if self._noted.printed:
-            _log.warning(
-                "forward prints: a captured model does so only while it is captured, not in every "
-                "call; have forward return what is to be seen"
-            )
-
-    @property
-    def read(self) -> frozenset[Place]:
-        """Places in the user's objects that forwards have read."""
-        return frozenset(self._noted.read)
-
-    @property
-    def results(self) -> Structure:
-        """The structure of what the model returned last."""
-        assert self._noted.results is not None
-        return self._noted.results
-
-
-def _unreturned(path: str, result: Any) -> Unreturned:
-    """Stands for a result that is no tensor."""
-    return Unreturned(f"result.{path}" if path else "result", type(result).__name__)
-
-
-@dataclass(slots=True)
-class _Noted:
-    """What a forward left behind."""
-
-    results: Structure | None = None
-    changes: Changes = field(default_factory=Changes)
-    read: set[Place] = field(default_factory=set)
-    printed: bool = False
-
-
-class _Heard:
-    """Standard output that notes whether a model prints while it is exported."""
-
-    def __init__(self, output: Any, noted: _Noted) -> None:
-        self._output = output
-        self._noted = noted
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._output, name)
-
-    def write(self, text: str) -> int:
-        """Passes it on."""
-        self._noted.printed |= torch.compiler.is_exporting()
-        return int(self._output.write(text))
 
 
 def export(

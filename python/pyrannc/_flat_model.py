@@ -1,0 +1,106 @@
+"""The user's model as the exporter runs it: tensors in, tensors out, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+import torch
+
+from ._places import Unreturned
+from ._snapshot import Changes, Snapshot
+from ._structure import Structure, flatten
+
+if TYPE_CHECKING:
+    from ._places import Place
+
+_log = logging.getLogger("pyrannc")
+
+
+class FlatModel(torch.nn.Module):
+    """A model that takes and gives flat lists of tensors.
+
+    Attributes:
+        results: the structure of what the model returned last.
+    """
+
+    def __init__(self, model: torch.nn.Module, arguments: Structure) -> None:
+        super().__init__()
+        self.model = model
+        self._arguments = arguments
+        # In an object of its own: the exporter puts plain attributes back as they were.
+        self._noted = _Noted()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Calls the model."""
+        args, kwargs = self._arguments.build(tensors)
+        before = Snapshot(self.model.named_modules())
+        try:
+            with contextlib.redirect_stdout(cast("TextIO", _Heard(sys.stdout, self._noted))):
+                given = self.model(*args, **kwargs)
+            results, _, structure = flatten(given, unknown=_unreturned, root="result")
+            before.check_tensors()
+            before.keep_buffers()
+        finally:
+            self._noted.changes = before.restore()
+            self._noted.read |= before.read
+        self._noted.results = structure
+        return tuple(results)
+
+    @property
+    def changes(self) -> Changes:
+        """What the last forward changed in attributes of modules."""
+        return self._noted.changes
+
+    def tell(self) -> None:
+        """Warns of what a captured model does not do."""
+        if self._noted.printed:
+            _log.warning(
+                "forward prints: a captured model does so only while it is captured, not in every "
+                "call; have forward return what is to be seen"
+            )
+
+    @property
+    def read(self) -> frozenset[Place]:
+        """Places in the user's objects that forwards have read."""
+        return frozenset(self._noted.read)
+
+    @property
+    def results(self) -> Structure:
+        """The structure of what the model returned last."""
+        assert self._noted.results is not None
+        return self._noted.results
+
+
+def _unreturned(path: str, result: Any) -> Unreturned:
+    """Stands for a result that is no tensor."""
+    return Unreturned(f"result.{path}" if path else "result", type(result).__name__)
+
+
+@dataclass(slots=True)
+class _Noted:
+    """What a forward left behind."""
+
+    results: Structure | None = None
+    changes: Changes = field(default_factory=Changes)
+    read: set[Place] = field(default_factory=set)
+    printed: bool = False
+
+
+class _Heard:
+    """Standard output that notes whether a model prints while it is exported."""
+
+    def __init__(self, output: Any, noted: _Noted) -> None:
+        self._output = output
+        self._noted = noted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
+
+    def write(self, text: str) -> int:
+        """Passes it on."""
+        self._noted.printed |= torch.compiler.is_exporting()
+        return int(self._output.write(text))

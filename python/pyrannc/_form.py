@@ -23,16 +23,17 @@ import torch
 
 from . import _watched
 from ._outer import outer_names
-from ._places import Item, Place, dotted, fields, original, value_at
+from ._places import GONE, Item, Place, dotted, fields, original, value_at
 from .batch_norm import check_groups
 from .errors import RaNNCError
 from .guards import is_guard
 from .hooks import check_module_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
     from ._side_effects import Left
+    from .comm import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ _BY_NAME = (
     enum.Enum, int, float, complex, str, bytes, range, slice, np.generic, torch.dtype, torch.device
 )  # fmt: skip
 _MOST_BYTES = 1 << 20
+_MOST_SHOWN = 80
 _READ, _OUTER = -1, -2
 """Where what was read of objects, and what is outside of the model, stands among the parts."""
 
@@ -85,10 +87,19 @@ class _History:
     def __init__(self) -> None:
         self._seen: dict[Any, dict[str, int]] = {}
 
-    def number(self, place: Any, value: Any) -> int:
+    def number(self, place: Any, value: Any) -> Any:
         """The number of a value."""
         seen = self._seen.setdefault(place, {})
         return seen.setdefault(repr(value), len(seen))
+
+
+class _Values(_History):
+    """Leaves values as they are."""
+
+    def number(self, place: Any, value: Any) -> Any:
+        """The value."""
+        del place
+        return value
 
 
 class _Print:
@@ -185,6 +196,16 @@ class _Part:
             found += counts if any(counts) else []  # guards alone are as no hooks
         return found
 
+    def named(self, values: list[Any]) -> dict[str, tuple[Any, str]]:
+        """By attribute what `values` told, and the value as a text; hooks are one of them."""
+        prefix = f"{self.path}." if self.path else ""
+        found = {
+            prefix + name: (value, _shown(self._attributes.get(name)))
+            for name, value in zip(self._names, values, strict=False)
+        }
+        hooks = values[len(self._names) :]
+        return {**found, f"{prefix}hooks": (hooks, f"{sum(hooks)} hooks")} if hooks else found
+
     def changed(self, before: list[Any], now: list[Any]) -> list[str]:
         """Names of attributes with other values."""
         same_names = len(before) == len(now)
@@ -219,6 +240,7 @@ class Form:
         self._read: dict[Place, None] = {}
         self._changed: frozenset[Place] = frozenset()
         self._last: dict[int, list[Any]] = {}
+        self._agreed: dict[str, Any] = {}
         self._digest = 0
 
     def digest(self, whole: Container[int] = ()) -> int:
@@ -254,6 +276,36 @@ class Form:
             self._digest = _number(repr(found))
         return self._digest
 
+    def differences(self, comm: Communicator) -> str:
+        """What attributes hold on some ranks and not on others, for a message; collective.
+
+        What has not changed since `agreed` does not count.
+        """
+        mine = self._described()
+        news = {name for name, (number, _) in mine.items() if self._agreed.get(name) != number}
+        gathered = comm.all_gather_objects((mine, news))
+        changed = {name for _, names in gathered for name in names}
+        return _differences([one for one, _ in gathered], changed)
+
+    def agreed(self) -> None:
+        """Takes note that what other ranks have in other ways changes nothing that is computed."""
+        self._agreed = {name: number for name, (number, _) in self._described().items()}
+
+    def _described(self) -> dict[str, tuple[Any, str]]:
+        """By name what attributes and globals hold now, to compare and to show."""
+        prints, values = _Print(self._identities), _Values()
+        found: dict[str, tuple[Any, str]] = {}
+        for index in self._last:
+            if index >= 0:
+                part = self._parts[index]
+                found |= part.named(part.values(prints, values))
+        for place in self._read:
+            value = value_at(self._model, place)
+            found[dotted(place)] = prints.of(value, place, self._changed), _shown(value)
+        for name in self._outer:
+            found[f"{name.name} (outside of the model)"] = repr(name.now()), _shown(name.value)
+        return found
+
     def settle(self, left: Left, read: Iterable[Place]) -> bool:
         """Takes note of what a form's calls read and leave; whether that is news."""
         changed = self._changed | {*left.written, *left.counted}
@@ -287,6 +339,29 @@ class Form:
                 "model is captured again, so do not keep what changes in every step in one",
                 "`, `".join(changed[:3]),
             )
+
+
+def _shown(value: Any) -> str:
+    """A value as a short text for messages."""
+    if value is GONE:
+        return "not there"
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _differences(
+    described: Sequence[Mapping[str, tuple[Any, str]]], wanted: Container[str], most: int = 3
+) -> str:
+    lines = []
+    for name in dict.fromkeys(name for one in described for name in one):
+        values = [one.get(name, (None, "not there")) for one in described]
+        other = next((r for r, value in enumerate(values) if value[0] != values[0][0]), None)
+        if other is not None and name in wanted:
+            lines.append(
+                f"`{name}` is {values[0][1]} on rank 0 and {values[other][1]} on rank {other}"
+            )
+    more = f" and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + more
 
 
 def _number(text: str) -> int:

@@ -9,6 +9,7 @@ write the graph file (`_graph_file`).
 from __future__ import annotations
 
 import gc
+import hashlib
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,6 +121,15 @@ class Captured:
         """Whether parts could not be captured and are called as they are; capture runs those."""
         found = (operator_of(node) for node in self.node_by_key.values())
         return any(isinstance(one.target, Opaque) for one in found if one is not None)
+
+    def constants(self) -> dict[str, str]:
+        """Digests of the tensors that capture found in the model's code and attributes, by name."""
+        found = {name: tensor for name, tensor in self.state.items() if name in self._constants}
+        return {
+            name: hashlib.blake2b(_bytes_of(tensor), digest_size=8).hexdigest()
+            for name, tensor in found.items()
+            if not tensor.is_meta
+        }
 
     @cached_property
     def draws(self) -> bool:
@@ -356,6 +366,11 @@ def _named(model: torch.nn.Module, paths: list[str]) -> list[str]:
             first = f"argument_{first}"
         names.append(f"{first}{dot}{inside}")
     return names
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def _describe(tensors: list[torch.Tensor], structure: Structure) -> str:

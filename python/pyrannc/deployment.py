@@ -245,12 +245,11 @@ class Deployment:
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        signature: str,
+        kind: Kind,
         rows: int,
         *,
         with_gradients: bool,
     ) -> Variant:
-        kind = Kind(signature, self._mode())
         variant = self._variants.find(kind, rows, with_gradients=with_gradients)
         if variant is None:
             with self._materialized():
@@ -272,18 +271,22 @@ class Deployment:
             form = self._form.digest(self._whole)
             return Mode.of(self.model, self.dropout, form)
 
+    def _mode_together(self) -> Mode:
+        """The mode with the forms that the model has on all ranks; collective."""
+        mode = self._mode()
+        return mode.together([form for (form,) in self.comm.all_gather_row([mode.form])])
+
     def _keep(self, kind: Kind, variant: Variant) -> None:
-        """Keeps a variant; what it tells about attributes counts from now on.
+        """Keeps a variant; what it tells about attributes counts from now on; collective.
 
         Those of parts that it leaves whole do not count.
         """
-        whole = variant.captured.whole_modules()
-        news = self._form.settle(variant.captured.left, variant.captured.read)
-        if news or not whole <= self._whole:
-            self._whole |= whole
-            form = self._form.digest(self._whole)
-            kind = dataclasses.replace(kind, mode=dataclasses.replace(kind.mode, form=form))
-        self._variants.add(kind, variant)
+        self._whole |= variant.captured.whole_modules()
+        self._form.settle(variant.captured.left, variant.captured.read)
+        forms = self.comm.all_gather_row([self._form.digest(self._whole)])
+        self._form.agreed()
+        mode = kind.mode.together([form for (form,) in forms])
+        self._variants.add(dataclasses.replace(kind, mode=mode), variant)
 
     def _create_groups(self, placement: _core.Placement) -> None:
         """Groups for gradients, and for what the replicas of a stage tell each other."""
@@ -321,14 +324,7 @@ class Deployment:
             return captured, _core.Graph.from_json(captured.graph_json)
 
         captured, graph = agree(self.comm, "capture the model", work)
-        prints = self.comm.all_gather_objects(graph.fingerprint())
-        if len(set(prints)) > 1:
-            told = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(prints))
-            raise MismatchError(
-                "the ranks were given different models; "
-                f"the fingerprints of their graphs are {told}",
-                hint="build the same model with the same arguments on every rank",
-            )
+        self._compare(captured, graph)
         if not graph.splittable and self.comm.rank == 0:
             logger.warning(
                 "the batch cannot be split, so every step runs as one microbatch on one replica: "
@@ -337,6 +333,29 @@ class Deployment:
                 planning.HOW_TO_SPLIT,
             )
         return captured, graph
+
+    def _compare(self, captured: Captured, graph: _core.Graph) -> None:
+        """Makes sure that all ranks have captured the same; collective.
+
+        Raises:
+            MismatchError: naming what differs.
+        """
+        seen = self.comm.all_gather_objects((graph.fingerprint(), captured.constants()))
+        if all(other == seen[0] for other in seen):
+            return
+        told = self._form.differences(self.comm)
+        if not told and any(other[0] != seen[0][0] for other in seen):
+            prints = ", ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(seen))
+            told = f"the fingerprints of their graphs are {prints}"
+        elif not told:
+            names = {name for _, own in seen for name, _ in own.items() ^ seen[0][1].items()}
+            differing = min(names).removeprefix("model.")
+            told = f"the tensor `{differing}` holds other values on each"
+        raise MismatchError(
+            f"the ranks were given different models: {told}",
+            hint="build the same model with the same arguments on every rank, and change its "
+            "attributes and hooks on all ranks together",
+        )
 
     def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
         stages = {

@@ -6,7 +6,6 @@ telling each other, so that a failure anywhere stops all of them with the same m
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from .executor import Step
 from .finish import Finish, sources_of
 from .meeting import agree, digest, meet
 from .scaling import LossScale
-from .variants import Mode, Variant
+from .variants import Kind, Mode, Variant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +40,7 @@ class Arrival:
         delayed: whether they are to stay as each rank has them.
         seed: what the step's random numbers come from.
         loss_scale: the gradient that the loss is expected to get; 0 while unknown.
+        mode: the mode of the model, with the forms that it has on all ranks.
     """
 
     rows: tuple[int, ...]
@@ -48,6 +48,7 @@ class Arrival:
     delayed: bool
     seed: int
     loss_scale: float
+    mode: Mode
 
     @property
     def total(self) -> int:
@@ -72,10 +73,12 @@ class Runtime(Deployment):
         _refuse_transforms(args, kwargs)
         signature, arrival = self._arrive(args, kwargs)
         with torch.inference_mode(mode=False):  # what lasts must be usable in training
+            mode = arrival.mode
             if not self.deployed:
                 self._deploy(args, kwargs, signature, arrival.total)
+                mode = self._mode_together()
             variant = self._variant(
-                args, kwargs, signature, arrival.total, with_gradients=arrival.training
+                args, kwargs, Kind(signature, mode), arrival.total, with_gradients=arrival.training
             )
         given = variant.captured.flatten_inputs(args, kwargs)
         inputs = [tensor.to(self.comm.device) for tensor in given]
@@ -147,12 +150,12 @@ class Runtime(Deployment):
         scale = self.loss_scale.to_bits() if self.deployed else 0
         flags = [int(self.sharding.changed), int(problem is not None)]
         header = [digest(signature), mode.digest, gradients, rows, streams.seed_now(), scale]
-        headers = meet(self.comm, "model(...)", [*header, *flags])
+        headers = meet(self.comm, "model(...)", [*header, mode.form, *flags])
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
             self._explain_mismatch(signature, mode, training=training, delayed=delayed)
-        if any(other[6] for other in headers):
+        if any(other[7] for other in headers):
             with self.comm.guard("gathering sharded parameters"):
                 self.sharding.gather()
         all_rows = [other[3] for other in headers]
@@ -162,7 +165,8 @@ class Runtime(Deployment):
             raise RaNNCError("the batch has no rows on any rank; a step needs at least one")
         seed, scale = headers[0][4:6]
         loss_scale = LossScale.from_bits(scale)
-        return signature, Arrival(tuple(all_rows), training, delayed, seed, loss_scale)
+        mode = mode.together([other[6] for other in headers])
+        return signature, Arrival(tuple(all_rows), training, delayed, seed, loss_scale, mode)
 
     def _explain_mismatch(
         self, signature: str, mode: Mode, *, training: bool, delayed: bool
@@ -172,14 +176,6 @@ class Runtime(Deployment):
             grad += ", their all-reduce delayed"
         told = self.comm.all_gather_objects(f"{signature} ({mode.describe(self.model)}, {grad})")
         lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
-        called = (signature, grad, dataclasses.replace(mode, form=0).digest)
-        if len(set(self.comm.all_gather_objects(called))) == 1:
-            raise MismatchError(
-                "the ranks were given different models, or attributes or hooks of their models "
-                f"were changed differently:{lines}",
-                hint="build the same model with the same arguments on every rank, and change it "
-                "on all ranks together",
-            )
         raise MismatchError(
             "the ranks were called with different inputs; all must agree in everything but the "
             f"number of rows in the batch:{lines}",

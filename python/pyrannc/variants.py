@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from ._reach import reach
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -83,7 +83,8 @@ class Mode:
         training: for each module whether it is in training mode, in the order of `modules()`.
         trained: for each parameter whether it requires gradients, in the order of `parameters()`.
         dropout: whether dropout is on; `None` as the modules say.
-        form: what else of its modules counts, see `_form`.
+        form: what else of its modules counts, see `_form`; on all processes together, once these
+            have told each other.
     """
 
     training: bytes
@@ -103,9 +104,20 @@ class Mode:
 
     @property
     def digest(self) -> int:
-        """A number that is equal on two processes where the modes are."""
-        text = repr((self.training, self.trained, self.dropout, self.form)).encode()
+        """A number that is equal on two processes where the modes are, apart from the form."""
+        text = repr((self.training, self.trained, self.dropout)).encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+    def together(self, forms: Sequence[int]) -> Mode:
+        """The mode of a model that has these forms on the processes, by rank.
+
+        They may differ where that changes nothing that is computed, so the forms of all say which
+        capture serves: on all processes the same one.
+        """
+        if len(set(forms)) == 1:
+            return replace(self, form=forms[0])
+        number = hashlib.sha256(repr(tuple(forms)).encode()).digest()[:7]
+        return replace(self, form=int.from_bytes(number, "big"))
 
     def describe(self, model: torch.nn.Module) -> str:
         """In words, for a message."""
@@ -124,8 +136,6 @@ class Mode:
             words.append(f"{_some(frozen)} frozen")
         if self.dropout is not None:
             words.append(f"dropout {'on' if self.dropout else 'off'}")
-        if self.form:
-            words.append(f"attributes and hooks #{self.form & 0xFFFF:04x}")
         return ", ".join(words)
 
 

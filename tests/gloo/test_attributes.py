@@ -283,3 +283,52 @@ def total() -> None:
 
 def test_what_depends_on_the_content_of_tensors_is_refused(pools: Pools) -> None:
     pools.run(2, total)
+
+
+class Settings:
+    """Of a model, as a configuration that a trainer saves."""
+
+    def __init__(self) -> None:
+        self.dtype: str | None = None
+        self.factor = 1.0
+
+
+class Configured(nn.Module):
+    """Reads its settings, of which only one matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.settings = nn.Linear(4, 4), Settings()
+        self.mask = torch.ones(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = self.settings.factor if self.settings.dtype != "none" else 0.0
+        return self.layer(x) * factor * self.mask
+
+
+def change_on_one_rank() -> None:
+    rank = pyrannc.get_rank()
+    x = share(torch.randn(8, 4, dtype=torch.float64))
+    model: Any = make(Configured)
+    wrapped = pyrannc.RaNNCModule(model, config=config(1, 1))
+    expected = wrapped(x)
+    for dtype in ("float64", None, "float32"):
+        model.settings.dtype = dtype if rank == 0 else None
+        torch.testing.assert_close(wrapped(x), expected, **EXACT)
+    model.mask = torch.full((4,), 1.0 + rank)
+    with pytest.raises(pyrannc.MismatchError, match=r"the tensor `mask` holds other values"):
+        wrapped(x)
+    wrapped.undeploy()
+    model = make(Configured)
+    wrapped = pyrannc.RaNNCModule(model, config=config(1, 1))
+    model.settings.dtype = "float32" if rank == 0 else None
+    wrapped(x)
+    model.settings.factor = 2.0 + rank
+    told = r"models: `settings.factor` is 2.0 on rank 0 and 3.0 on rank 1\n"
+    with pytest.raises(pyrannc.MismatchError, match=told):
+        wrapped(x)
+    wrapped.undeploy()
+
+
+def test_attributes_may_differ_where_they_change_nothing(pools: Pools) -> None:
+    pools.run(2, change_on_one_rank)

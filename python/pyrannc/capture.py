@@ -36,7 +36,7 @@ from .errors import CaptureError
 from .streams import draws, share
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import fx
 
@@ -172,7 +172,7 @@ def capture(
         CaptureError: when the arguments or results have a form that cannot be taken apart.
     """
     tensors, paths, structure = flatten((tuple(args), kwargs or {}))
-    names = _named(model, paths)
+    names = argument_names(model, paths)
     rows = batch_rows_hint or batch_size(tensors)
     if rows == 0:
         message = "the batch is empty, and a model is captured with its first"
@@ -345,7 +345,7 @@ def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None)
     return "; ".join([structure.describe(leaf), *regions])
 
 
-def _named(model: torch.nn.Module, paths: list[str]) -> list[str]:
+def argument_names(model: torch.nn.Module, paths: Sequence[str]) -> list[str]:
     """Names of the tensors among the arguments: that of the parameter, then the path inside it."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())

@@ -16,15 +16,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
+from ._common import CommonValues
 from ._form import Form
 from ._places import reveal
 from ._snapshot import unchanged
 from ._stated import check_stated
+from ._structure import flatten
 from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
 from .batch_norm import capturable_norms, place_part_norms
 from .buffers import Announcement, Registered
-from .capture import Captured, capture
+from .capture import Captured, argument_names, batch_size, capture
 from .comm import Communicator
 from .companions import synchronized_stages
 from .dropout import set_dropout
@@ -324,7 +326,10 @@ class Deployment:
             return captured, _core.Graph.from_json(captured.graph_json)
 
         captured, graph = agree(self.comm, "capture the model", work)
-        self._compare(captured, graph)
+        tensors, paths, _ = flatten((args, kwargs))
+        # Some that seemed to hold rows may not.
+        common = self._common(tensors, paths, frozenset(captured.batch_inputs))
+        self._compare(captured, graph, common)
         if not graph.splittable and self.comm.rank == 0:
             logger.warning(
                 "the batch cannot be split, so every step runs as one microbatch on one replica: "
@@ -334,21 +339,24 @@ class Deployment:
             )
         return captured, graph
 
-    def _compare(self, captured: Captured, graph: _core.Graph) -> None:
+    def _compare(self, captured: Captured, graph: _core.Graph, common: CommonValues) -> None:
         """Makes sure that all ranks have captured the same; collective.
 
         Raises:
             MismatchError: naming what differs.
         """
-        seen = self.comm.all_gather_objects((graph.fingerprint(), captured.constants()))
+        found = (graph.fingerprint(), captured.constants(), common.digest)
+        seen = self.comm.all_gather_objects(found)
         if all(other == seen[0] for other in seen):
             return
+        if all(other[:2] == seen[0][:2] for other in seen):
+            common.refuse(self.comm, lambda paths: argument_names(self.model, paths))
         told = self._form.differences(self.comm)
         if not told and any(other[0] != seen[0][0] for other in seen):
-            prints = ", ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(seen))
+            prints = ", ".join(f"rank {rank}: {text}" for rank, (text, *_) in enumerate(seen))
             told = f"the fingerprints of their graphs are {prints}"
         elif not told:
-            names = {name for _, own in seen for name, _ in own.items() ^ seen[0][1].items()}
+            names = {name for _, own, _ in seen for name, _ in own.items() ^ seen[0][1].items()}
             differing = min(names).removeprefix("model.")
             told = f"the tensor `{differing}` holds other values on each"
         raise MismatchError(
@@ -356,6 +364,26 @@ class Deployment:
             hint="build the same model with the same arguments on every rank, and change its "
             "attributes and hooks on all ranks together",
         )
+
+    def _common(
+        self, tensors: list[torch.Tensor], paths: list[str], holding: frozenset[int] | None
+    ) -> CommonValues:
+        """What of a call's arguments counts for the rows of all ranks.
+
+        Args:
+            tensors: the tensors among them.
+            paths: their paths.
+            holding: positions of those that hold rows; as sizes tell, where nothing else does.
+        """
+        if self.comm.world_size == 1 or not self.gather:
+            return CommonValues({})
+        if holding is None:
+            rows = batch_size(tensors)
+            holding = frozenset(
+                i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows
+            )
+        named = enumerate(zip(paths, tensors, strict=True))
+        return CommonValues({path: t for i, (path, t) in named if i not in holding})
 
     def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
         stages = {

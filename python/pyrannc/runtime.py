@@ -13,10 +13,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import _core, _slices, hooks, streams
+from ._common import CommonValues
 from ._core import Slot
 from ._structure import flatten
 from ._wrapper import not_looked_into
-from .capture import batch_size, input_signature
+from .capture import argument_names, batch_size, input_signature
 from .companions import companions
 from .deployment import Deployment
 from .errors import MismatchError, RaNNCError
@@ -100,8 +101,9 @@ class Runtime(Deployment):
             seeded=scale > 0,
         )
         step.companions = self._companions(variant, program)
-        for value, tensor in zip(variant.graph.inputs, inputs, strict=True):
-            step.slots[Slot.source(value)] = tensor.detach()
+        counting = self._counting(variant, inputs)
+        for value, tensor in zip(variant.graph.inputs, counting, strict=True):
+            step.slots[Slot.source(value)] = tensor
         if program.fused:
             self._seed(variant, step, scale)
         variant.executor.run(program.forward(self.comm.rank), step)
@@ -134,12 +136,14 @@ class Runtime(Deployment):
     def _arrive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Arrival]:
         """Tells the other ranks what this one was called with, and hears what they were."""
         problem: Exception | None = None
-        signature, rows, mode = "", 0, Mode(b"", b"")
+        signature, rows, mode, common = "", 0, Mode(b"", b""), CommonValues({})
         try:
             mode = self._mode()
             hooks.check_parameter_hooks(self.local_parameters())
             signature = input_signature(args, kwargs)
-            rows = batch_size(flatten((args, kwargs))[0])
+            tensors, paths, _ = flatten((args, kwargs))
+            rows = batch_size(tensors)
+            common = self._common(tensors, paths, self._variants.row_inputs(signature, mode))
             self._registered.take_over()
             self.sharding.adopt()
         except Exception as error:  # raised below, after the others know
@@ -148,13 +152,15 @@ class Runtime(Deployment):
         delayed = training and self.accumulation.delays
         gradients = int(training) + int(delayed)
         scale = self.loss_scale.to_bits() if self.deployed else 0
-        flags = [int(self.sharding.changed), int(problem is not None)]
+        flags = [int(self.sharding.changed), common.digest, int(problem is not None)]
         header = [digest(signature), mode.digest, gradients, rows, streams.seed_now(), scale]
         headers = meet(self.comm, "model(...)", [*header, mode.form, *flags])
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
             self._explain_mismatch(signature, mode, training=training, delayed=delayed)
+        if any(other[8] != headers[0][8] for other in headers):
+            common.refuse(self.comm, lambda paths: argument_names(self.model, paths))
         if any(other[7] for other in headers):
             with self.comm.guard("gathering sharded parameters"):
                 self.sharding.gather()
@@ -183,6 +189,22 @@ class Runtime(Deployment):
             "dimension, and switch train()/eval(), requires_grad, no_grad() and no_sync() on all "
             "ranks together",
         )
+
+    def _counting(self, variant: Variant, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the stages compute with: all of rank 0's where only that counts.
+
+        Rows of other ranks are never asked for.
+        """
+        detached = [tensor.detach() for tensor in inputs]
+        if self.gather:
+            return detached
+        with self.comm.guard("sending rank 0's inputs without rows"):
+            return [
+                tensor
+                if index in variant.captured.batch_inputs
+                else self.comm.broadcast(tensor.clone(memory_format=torch.contiguous_format), 0)
+                for index, tensor in enumerate(detached)
+            ]
 
     def _denominators(
         self, variant: Variant, inputs: Sequence[torch.Tensor], arrival: Arrival

@@ -219,6 +219,7 @@ class Variants:
     def __init__(self) -> None:
         """Starts empty."""
         self._recent: Recent[Kind, Variant] = Recent(MOST_VARIANTS)
+        self._row_inputs: Recent[tuple[str, Mode], frozenset[int]] = Recent(MOST_VARIANTS)
 
     def find(self, kind: Kind, rows: int, *, with_gradients: bool) -> Variant | None:
         """The variant for such a call with so many rows.
@@ -236,6 +237,8 @@ class Variants:
 
     def add(self, kind: Kind, variant: Variant) -> None:
         """Keeps a variant."""
+        holding = frozenset(variant.captured.batch_inputs)
+        self._row_inputs.put((kind.signature, kind.mode), holding)
         self._recent.put(replace(kind, rows=variant.captured.static_rows), variant)
         if self._recent.forgotten == 1:
             logger.warning(
@@ -244,6 +247,10 @@ class Variants:
                 "sequences to a few lengths to save the time of capturing",
                 self._recent.most,
             )
+
+    def row_inputs(self, signature: str, mode: Mode) -> frozenset[int] | None:
+        """Positions of the tensors that hold rows in such a call, once it was captured."""
+        return self._row_inputs.get((signature, mode))
 
     def runs_submodules(self) -> bool:
         """Whether one has parts that could not be captured."""

@@ -1,0 +1,93 @@
+"""What a call is given: nothing of it is dropped, and no process's part of it serves another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from pyrannc import MismatchError, RaNNCModule, get_rank
+from tests.gloo.layouts import config
+
+if TYPE_CHECKING:
+    from tests.gloo.pool import Pools
+
+pytestmark = [pytest.mark.gloo]
+
+
+class Scaled(nn.Module):
+    """Has an argument without rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        scale = batch["scale"]
+        hidden = self.first(x)
+        return self.second(hidden @ scale if scale.dim() == 2 else hidden * scale)
+
+
+class Graph(nn.Module):
+    """Sums over the edges of a graph; `edges` is (2, number of edges)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        hidden = self.layer(x)
+        return hidden + torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]])
+
+
+def wrap(module: nn.Module, stages: int = 1, **arguments: Any) -> RaNNCModule:
+    torch.manual_seed(0)
+    for parameter in module.double().parameters():
+        nn.init.normal_(parameter)
+    return RaNNCModule(module, config=config(stages), **arguments)
+
+
+def differ_without_rows(stages: int) -> None:
+    rank = get_rank()
+    x = torch.ones(5, 4, dtype=torch.double)
+    for scale in (torch.tensor(2.0), torch.ones(5).bfloat16(), torch.ones(5, 5)):
+        scale = scale.double() if scale.dtype is torch.float else scale
+        module = wrap(Scaled(), stages)
+        for rows in (5, 3):
+            module(x[:rows], {"scale": scale})
+        with pytest.raises(MismatchError, match=r"different values of `batch\.scale`") as caught:
+            module(x, {"scale": scale + rank})
+        assert "first dimension" in str(caught.value)
+        assert "rank 1: `batch.scale` is" in str(caught.value)
+        module(x, {"scale": scale})  # and all is as it was
+        module.undeploy()
+    module = wrap(Scaled(), stages)
+    with pytest.raises(MismatchError, match=r"`batch\.scale`"):  # its size is the batch's
+        module(x, {"scale": torch.ones(5, 5, dtype=torch.double) + rank})
+    module.undeploy()
+    edges = torch.tensor([[0, 1, 2], [1, 2, rank]])
+    module = wrap(Graph(), stages)
+    with pytest.raises(MismatchError, match="different values of `edges`"):
+        module(torch.ones(6, 5, dtype=torch.double), edges)
+    module.undeploy()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_has_no_rows_is_the_same_everywhere(pools: Pools, stages: int) -> None:
+    pools.run(2, differ_without_rows, stages)
+
+
+def leave_to_rank_zero() -> None:
+    module = wrap(Scaled(), gather_inputs=False)
+    x, scale = torch.ones(4, 4, dtype=torch.double), torch.ones(5, dtype=torch.double)
+    with torch.no_grad():
+        expected = module.model(x, {"scale": scale})
+    given = {"scale": scale + get_rank()}
+    torch.testing.assert_close(module(x, given), expected, rtol=1e-10, atol=1e-10)
+    module.undeploy()
+
+
+def test_only_rank_zero_counts_where_nothing_is_gathered(pools: Pools) -> None:
+    pools.run(2, leave_to_rank_zero)

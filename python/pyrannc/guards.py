@@ -3,7 +3,7 @@
 Methods of the model may call it or its parts: ``generate()``, ``forward_features()``. Once
 deployed, the parts of a model are on several ranks, and a call of one by itself would compute with
 what happens to be here, or give gradients that no other rank hears of. So every part that has
-parameters is watched, and such calls are errors. So are state dictionaries of parts of parameters.
+parameters is watched, and such calls are errors. So are state dictionaries without all values.
 """
 
 from __future__ import annotations
@@ -77,16 +77,20 @@ class _StateGuard(_Hook):
         self.names = names
         self.divided = divided
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         if _lifted:
             return
-        for name in self.names:
-            if name in self.divided:
-                raise RaNNCError(
-                    f"`state_dict()` of the deployed model would have this rank's part of `{name}`"
-                    ", which replicas divide among themselves",
-                    hint="call the RaNNCModule's own state_dict(), on all ranks",
-                )
+        for parameter, name in zip(module.parameters(recurse=False), self.names, strict=False):
+            if isinstance(parameter, ElsewhereParameter):
+                reason = f"only other ranks hold `{name}`"
+            elif name in self.divided:
+                reason = f"replicas divide `{name}` among themselves"
+            else:
+                continue
+            raise RaNNCError(
+                f"`state_dict()` of the deployed model would be this rank's part of it: {reason}",
+                hint="call the RaNNCModule's own state_dict(), on all ranks",
+            )
 
 
 def _nothing_to_watch() -> Callable[..., None]:

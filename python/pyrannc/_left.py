@@ -88,9 +88,7 @@ class Settling:
         Raises:
             CaptureError: when it leaves what the next call goes on with and nobody can follow.
         """
-        values = self.changes.values
-        if self.changes.hooked:  # private notes that hooks are there, which are put back, too
-            values = {place: value for place, value in values.items() if place[-1][0] != "_"}
+        values = self.changes.lasting
         self._values = {**values, **self.changes.iterators}
         read = self._read(self._values)
         values = {**values, **{place: self._values[place] for place in read}}

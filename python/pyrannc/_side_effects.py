@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ._snapshot import Changes
+
 _MOST_STEPS = 64
 """Whose beginning is remembered while their backwards may still compute something again."""
 
@@ -135,7 +137,7 @@ class Rewinding:
                 changes = before.restore()
                 self._set(now)
         if check and self._left is not None:
-            self._check(began, changes.values)
+            self._check(began, changes)
 
     def _plain(self) -> dict[Place, Any]:
         """The numbers, flags and texts that the modules hold."""
@@ -159,9 +161,10 @@ class Rewinding:
     def _holder(self, place: Place) -> Any:
         return walk(self._modules[place[0]], place[1:-1])
 
-    def _check(self, began: Mapping[Place, Any], changed: Mapping[Place, Any]) -> None:
+    def _check(self, began: Mapping[Place, Any], changes: Changes) -> None:
         assert self._left is not None
-        for place in {**dict.fromkeys(self._followed), **changed}:
+        changed = changes.values
+        for place in {**dict.fromkeys(self._followed), **changes.lasting}:
             if place[:2] in self._left.absent:
                 continue
             before = began.get(place, GONE)

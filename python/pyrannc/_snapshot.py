@@ -60,6 +60,13 @@ class Changes:
         """Whether it may have changed anything."""
         return bool(self.values or self.hooked or self.iterators)
 
+    @property
+    def lasting(self) -> Mapping[Place, Any]:
+        """New values without private notes that hooks are there, which are put back like these."""
+        if not self.hooked:
+            return self.values
+        return {place: value for place, value in self.values.items() if place[-1][0] != "_"}
+
     def within(self, paths: Iterable[str]) -> Changes:
         """Those of some submodules and of what they hold."""
         outer = [path + "." if path else "" for path in paths]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from tests.covering import covering
 from tests.gloo.training import Record, Setup, train_plainly, train_with_rannc
 from tests.models import CASES, QUICK_CASES, Case, case
 
@@ -89,16 +90,6 @@ MOST_STAGES = {
 }
 
 
-def setups(worlds: tuple[int, ...]) -> list[Setup]:
-    return [
-        Setup(ROWS[world], num_stages, microbatches)
-        for world in worlds
-        for num_stages in (1, 2, 4)
-        if num_stages <= world
-        for microbatches in (1, 2, 4)
-    ]
-
-
 QUICK_SETUPS = [Setup(ROWS[2], 2, 2), Setup(ROWS[4], 2, 4)]
 
 
@@ -120,12 +111,25 @@ def nearest_possible(chosen: Case, setup: Setup) -> Setup:
     return Setup(one, 1, 1)
 
 
+def in_many_ways() -> list[tuple[Case, Setup]]:
+    """Every model in every number of processes and of stages, and in every number of parts."""
+
+    def setup(world_stages: tuple[int, int], microbatches: int) -> Setup:
+        world, stages = world_stages
+        return Setup(ROWS[world], stages, microbatches)
+
+    ways = covering(
+        CASES,
+        [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)],
+        [1, 2, 4],
+        possible=lambda chosen, *way: possible(chosen, setup(*way)),
+    )
+    return [(chosen, setup(*way)) for chosen, *way in ways]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", setups((1, 2, 4)), ids=str)
-@pytest.mark.parametrize("chosen", CASES, ids=str)
-def test_every_model_in_every_way(pools: Pools, chosen: Case, setup: Setup, tmp_path: Path) -> None:
-    if not possible(chosen, setup):
-        return
+@pytest.mark.parametrize(("chosen", "setup"), in_many_ways(), ids=str)
+def test_every_model_in_many_ways(pools: Pools, chosen: Case, setup: Setup, tmp_path: Path) -> None:
     check(pools, chosen, setup, tmp_path)
 
 
@@ -139,18 +143,14 @@ UNEQUAL_REPLICAS = [
 BY_HAND = ["fork_join", "shared_input", "shared_embedding", "gpt", "recurrent", "masked_loss"]
 
 
-def by_hand(name: str, microbatches: int) -> list[Any]:
-    """All ways to place `name` by hand; only some models are quick."""
-    marks = [] if name in ("shared_input", "gpt") and microbatches == 3 else [pytest.mark.slow]
-    return [
-        pytest.param(name, ranks, microbatches, marks=marks, id=f"{name}-{ranks}-m{microbatches}")
-        for ranks in UNEQUAL_REPLICAS
-    ]
+QUICK_BY_HAND = [(name, ranks, 3) for name in ("shared_input", "gpt") for ranks in UNEQUAL_REPLICAS]
+SLOW_BY_HAND = covering(BY_HAND, UNEQUAL_REPLICAS, [1, 3], besides=QUICK_BY_HAND)
 
 
 @pytest.mark.parametrize(
     ("name", "stage_ranks", "microbatches"),
-    [setup for name in BY_HAND for count in (1, 3) for setup in by_hand(name, count)],
+    [*QUICK_BY_HAND, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW_BY_HAND)],
+    ids=str,
 )
 def test_deployments_by_hand_with_unequal_replicas(
     pools: Pools,

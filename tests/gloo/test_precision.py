@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pyrannc
+from tests.covering import covering
 from tests.gloo.layouts import Layout, config, deployment, share
 from tests.gloo.test_equivalence import ROWS
 from tests.gloo.training import Setup, global_batch, local_batch, wrap
@@ -367,21 +368,27 @@ QUICK = [
     (2, Way(stages=1, sharding="optimizer", optimizer="fused")),
     (4, Way(sharding="parameters", clipped="torch")),
 ]
+SCHEDULES = ["fill_drain", "1f1b"]
 SLOW = [
     *(
-        (world, Way(min(stages, world), microbatches, schedule, optimizer, clipped=clipped))
-        for world in (1, 2, 3, 4)
-        for stages in (1, 2)
-        for microbatches in (1, 2)
-        for schedule in ("fill_drain", "1f1b")
-        for optimizer, clipped in (("sgd", "torch"), ("fused", "no"))
+        (world, Way(stages, microbatches, schedule, optimizer, clipped=clipped))
+        for world, stages, microbatches, schedule, (optimizer, clipped) in covering(
+            [1, 2, 3, 4],
+            [1, 2],
+            [1, 2],
+            SCHEDULES,
+            [("sgd", "torch"), ("fused", "no")],
+            possible=lambda world, stages, *_: stages <= world,
+        )
     ),
     *(
         (world, Way(world // 2, 2, schedule, optimizer, clipped=clipped, sharding=sharding))
-        for world in (2, 4)
-        for sharding in ("optimizer", "gradients", "parameters")
-        for schedule in ("fill_drain", "1f1b")
-        for optimizer, clipped in (("fused", "no"), ("sgd", "torch"), ("sgd", "model"))
+        for world, sharding, schedule, (optimizer, clipped) in covering(
+            [2, 4],
+            ["optimizer", "gradients", "parameters"],
+            SCHEDULES,
+            [("fused", "no"), ("sgd", "torch"), ("sgd", "model")],
+        )
     ),
     (3, Way(frozen=True, optimizer="fused")),  # a rank's optimizer has nothing to train
 ]

@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pyrannc
+from tests.covering import covering
 from tests.gloo.layouts import config
 from tests.gloo.pool import Failure
 from tests.gloo.test_equivalence import ROWS, check
@@ -27,8 +28,15 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gloo]
 
 WHOLE_STAGE = 10_000
-QUICK = [((0,),), ((0,), (1, 2, 3))]
-LAYOUTS = [((0,), (1,)), ((0, 1),), ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,))]
+LAYOUTS = [
+    ((0,),), ((0,), (1, 2, 3)),
+    ((0,), (1,)), ((0, 1),), ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,)),
+]  # fmt: skip
+QUICK = [
+    (layout, schedule, recompute)
+    for layout in LAYOUTS[:2]
+    for schedule, recompute in (("fill_drain", 5), ("1f1b", WHOLE_STAGE))
+]
 
 
 def setup(
@@ -38,18 +46,14 @@ def setup(
     return Setup(ROWS[world], 0, microbatches, stage_ranks=layout, recompute=recompute, **options)
 
 
-def ways() -> list[Any]:
-    """Layouts, schedules and sizes of groups; only some are quick."""
-    return [
-        pytest.param(layout, schedule, recompute, marks=[] if quick else [pytest.mark.slow])
-        for layout in (*QUICK, *LAYOUTS)
-        for schedule in ("fill_drain", "1f1b")
-        for recompute in (5, WHOLE_STAGE)
-        for quick in [layout in QUICK and (schedule == "1f1b") == (recompute == WHOLE_STAGE)]
-    ]
+SLOW = covering(LAYOUTS, ["fill_drain", "1f1b"], [5, WHOLE_STAGE], besides=QUICK)
 
 
-@pytest.mark.parametrize(("layout", "schedule", "recompute"), ways(), ids=str)
+@pytest.mark.parametrize(
+    ("layout", "schedule", "recompute"),
+    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
+    ids=str,
+)
 def test_a_loss_is_the_same(
     pools: Pools,
     layout: tuple[tuple[int, ...], ...],

@@ -13,6 +13,7 @@ from torch import nn
 import pyrannc
 from pyrannc import executor, sharding
 from pyrannc.optimizer import check_element_wise
+from tests.covering import covering
 from tests.gloo.layouts import Layout, deployment, share
 from tests.gloo.test_equivalence import EXACT, EXACT_STATE, ROWS, check
 from tests.gloo.training import OPTIMIZERS, Setup
@@ -39,21 +40,19 @@ def setup(layout: Layout, level: str, microbatches: int = 1, **options: Any) -> 
     return Setup(ROWS[world], 0, microbatches, stage_ranks=layout, sharding=level, **options)
 
 
-def ways() -> list[Any]:
-    """Layouts, levels and microbatches; only some are quick."""
-    quick = {(((0, 1),), 1), (((0,), (1, 2, 3)), 3)}
-    return [
-        pytest.param(
-            layout, level, microbatches, marks=[] if (layout, microbatches) in quick else slow
-        )
-        for layout in (*ONE_STAGE, *TWO_STAGES)
-        for level in LEVELS
-        for microbatches in (1, 3)
-        for slow in [[pytest.mark.slow]]
-    ]
+QUICK = [
+    (layout, level, microbatches)
+    for layout, microbatches in [(((0, 1),), 1), (((0,), (1, 2, 3)), 3)]
+    for level in LEVELS
+]
+SLOW = covering([*ONE_STAGE, *TWO_STAGES], LEVELS, [1, 3], besides=QUICK)
 
 
-@pytest.mark.parametrize(("layout", "level", "microbatches"), ways(), ids=str)
+@pytest.mark.parametrize(
+    ("layout", "level", "microbatches"),
+    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
+    ids=str,
+)
 def test_a_loss_is_the_same(
     pools: Pools, layout: Layout, level: str, microbatches: int, tmp_path: Path
 ) -> None:

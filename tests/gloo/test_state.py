@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pyrannc
+from tests.covering import covering
 from tests.gloo.layouts import Layout, config, deployment, share
 
 if TYPE_CHECKING:
@@ -211,12 +212,14 @@ QUICK = [
 ]
 SLOW = [
     (optimizer, first, second, when)
-    for optimizer in OPTIMIZERS
-    for first, second in [
-        (ONE, TWO), (ONE, FOUR), (TWO, ONE), (FOUR, REPLICAS), (UNEQUAL, THREE), (THREE, ONE),
-        (REPLICAS, FOUR), (FOUR, THREE),
-    ]
-    for when in ("before", "after", "before on rank 0")
+    for optimizer, (first, second), when in covering(
+        list(OPTIMIZERS),
+        [
+            (ONE, TWO), (ONE, FOUR), (TWO, ONE), (FOUR, REPLICAS), (UNEQUAL, THREE), (THREE, ONE),
+            (REPLICAS, FOUR), (FOUR, THREE),
+        ],
+        ["before", "after", "before on rank 0"],
+    )
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pyrannc
+from tests.covering import covering
 from tests.gloo.layouts import config
 
 if TYPE_CHECKING:
@@ -212,12 +213,7 @@ QUICK = [
     ("smoothed", 2, 2),
     ("computed", 1, 2),
 ]
-SLOW = [
-    (name, stages, world)
-    for name in OPTIONS
-    for stages, world in ((1, 2), (2, 2), (1, 4), (2, 4))
-    if (name, stages, world) not in QUICK
-]
+SLOW = covering(list(OPTIONS), [1, 2], [2, 4], besides=QUICK)
 
 
 @pytest.mark.parametrize(

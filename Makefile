@@ -25,7 +25,7 @@ export PATH := $(bin):$(PATH)
 unexport CONDA_PREFIX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint stubtest bench build fuzz fuzz-seeds clean \
+.PHONY: help demo test test-slow test-all lint stubtest bench build fuzz fuzz-seeds clean \
 	lint-rust lint-python test-rust test-python
 
 help: ## say what the targets are
@@ -37,8 +37,10 @@ demo: build ## train a small GPT over 4 processes beside one plain PyTorch proce
 
 test: lint test-rust test-python ## check everything but the slow tests
 
-test-all: lint test-rust build ## check everything
-	$(bin)/python -m pytest
+test-slow: build ## run the slow tests, and every example as its docstring says
+	$(bin)/python -m pytest -m slow
+
+test-all: test test-slow ## check everything
 
 lint: lint-rust lint-python ## check form, lints and types
 

@@ -109,8 +109,21 @@ def anneal(kind: type[nn.Module], layout: Layout, folder: str) -> None:
     assert model.seen is None
 
 
-@pytest.mark.parametrize("layout", [((0,),), ((0,), (1,)), ((0, 1),), ((0,), (1, 2, 3))], ids=str)
-@pytest.mark.parametrize("kind", [Annealed, Hidden])
+LAYOUTS: list[Layout] = [((0,),), ((0,), (1,)), ((0, 1),), ((0,), (1, 2, 3))]
+
+
+def in_layouts(quick: dict[type[nn.Module], Layout], layouts: list[Layout]) -> list[Any]:
+    """Each kind in each layout; in one of them among the quick tests."""
+    return [
+        pytest.param(kind, layout, marks=[] if layout == quick[kind] else pytest.mark.slow)
+        for kind in quick
+        for layout in layouts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), in_layouts({Annealed: LAYOUTS[1], Hidden: LAYOUTS[2]}, LAYOUTS), ids=str
+)
 def test_attributes_change_as_without_rannc(
     pools: Pools, kind: type[nn.Module], layout: Layout, tmp_path: Path
 ) -> None:
@@ -235,8 +248,11 @@ def count_and_set(kind: type[nn.Module], layout: Layout, folder: str) -> None:
     assert kept == []
 
 
-@pytest.mark.parametrize("layout", [((0,),), ((0,), (1,)), ((0,), (1, 2, 3))], ids=str)
-@pytest.mark.parametrize("kind", [Noting, NotingWhole])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    in_layouts({Noting: LAYOUTS[1], NotingWhole: LAYOUTS[3]}, [*LAYOUTS[:2], LAYOUTS[3]]),
+    ids=str,
+)
 def test_settings_and_counters_in_containers_and_objects(
     pools: Pools, kind: type[nn.Module], layout: Layout, tmp_path: Path
 ) -> None:

@@ -90,11 +90,17 @@ MOST_STAGES = {
 }
 
 
-QUICK_SETUPS = [Setup(ROWS[2], 2, 2), Setup(ROWS[4], 2, 4)]
+BY_HAND = ["fork_join", "shared_input", "shared_embedding", "gpt", "recurrent", "masked_loss"]
 
 
-@pytest.mark.parametrize("setup", QUICK_SETUPS, ids=str)
-@pytest.mark.parametrize("chosen", QUICK_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("chosen", "setup"),
+    [
+        *((chosen, Setup(ROWS[2], 2, 2)) for chosen in QUICK_CASES),
+        *((case(name), Setup(ROWS[4], 2, 4)) for name in BY_HAND),
+    ],
+    ids=str,
+)
 def test_every_model(pools: Pools, chosen: Case, setup: Setup, tmp_path: Path) -> None:
     check(pools, chosen, nearest_possible(chosen, setup), tmp_path)
 
@@ -140,10 +146,7 @@ UNEQUAL_REPLICAS = [
     ((0,), (1, 2)),
     ((3,), (0, 2)),
 ]
-BY_HAND = ["fork_join", "shared_input", "shared_embedding", "gpt", "recurrent", "masked_loss"]
-
-
-QUICK_BY_HAND = [(name, ranks, 3) for name in ("shared_input", "gpt") for ranks in UNEQUAL_REPLICAS]
+QUICK_BY_HAND = [("gpt", ranks, 3) for ranks in UNEQUAL_REPLICAS]
 SLOW_BY_HAND = covering(BY_HAND, UNEQUAL_REPLICAS, [1, 3], besides=QUICK_BY_HAND)
 
 

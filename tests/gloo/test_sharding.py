@@ -59,30 +59,38 @@ def test_a_loss_is_the_same(
     check(pools, case("gpt"), setup(layout, level, microbatches), tmp_path)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def at_levels(ways: Iterable[Any]) -> list[Any]:
+    """Each way at each level; at one of them, in turn, among the quick tests."""
+    return [
+        pytest.param(way, level, marks=[] if level == LEVELS[number % 3] else pytest.mark.slow)
+        for number, way in enumerate(ways)
+        for level in LEVELS
+    ]
+
+
+@pytest.mark.parametrize(("optimizer", "level"), at_levels(OPTIMIZERS))
 def test_every_optimizer(pools: Pools, optimizer: str, level: str, tmp_path: Path) -> None:
     chosen = setup(((0, 1),), level, 2, optimizer=optimizer)
     check(pools, case("fork_join"), chosen, tmp_path)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(
-    ("name", "layout", "options"),
-    [
-        ("masked_loss", ((0, 1, 2),), {"schedule": "1f1b"}),
-        ("shared_embedding", ((0, 1), (0, 1)), {}),  # the embedding is of both stages
-        ("gpt", ((0, 1),), {"recompute": 5}),
-        ("gpt", ((0, 1), (1, 2)), {"schedule": "1f1b", "shares": ((3, 1), (1, 2))}),
-        ("small_param", ((0, 1),), {}),  # parameters of one entry
-        pytest.param("recurrent", ((0, 1),), {}, marks=pytest.mark.slow),
-        pytest.param("dict_in_out", ((0, 1), (2, 3)), {}, marks=pytest.mark.slow),
-        pytest.param("skips", ((0, 1), (2, 3)), {}, marks=pytest.mark.slow),
-    ],
-)
+OTHERS: list[tuple[str, Layout, dict[str, Any]]] = [
+    ("masked_loss", ((0, 1, 2),), {"schedule": "1f1b"}),
+    ("shared_embedding", ((0, 1), (0, 1)), {}),  # the embedding is of both stages
+    ("gpt", ((0, 1),), {"recompute": 5}),
+    ("gpt", ((0, 1), (1, 2)), {"schedule": "1f1b", "shares": ((3, 1), (1, 2))}),
+    ("small_param", ((0, 1),), {}),  # parameters of one entry
+    ("recurrent", ((0, 1),), {}),
+    ("dict_in_out", ((0, 1), (2, 3)), {}),
+    ("skips", ((0, 1), (2, 3)), {}),
+]
+
+
+@pytest.mark.parametrize(("other", "level"), at_levels(OTHERS), ids=str)
 def test_other_models_are_the_same(
-    pools: Pools, name: str, layout: Layout, options: dict[str, Any], level: str, tmp_path: Path
+    pools: Pools, other: tuple[str, Layout, dict[str, Any]], level: str, tmp_path: Path
 ) -> None:
+    name, layout, options = other
     check(pools, case(name), setup(layout, level, 2, **options), tmp_path)
 
 
@@ -241,8 +249,7 @@ def change_by_hand(layout: Layout, level: str, folder: str) -> None:
     wrapped.undeploy()
 
 
-@pytest.mark.parametrize("layout", [((0, 1),), ((0, 1), (2, 3))], ids=str)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("layout", "level"), at_levels([((0, 1),), ((0, 1), (2, 3))]), ids=str)
 def test_values_may_be_changed_by_hand(
     pools: Pools, layout: Layout, level: str, tmp_path: Path
 ) -> None:

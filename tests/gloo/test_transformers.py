@@ -156,7 +156,7 @@ def train(name: str) -> None:
 @pytest.mark.parametrize(
     # The balance of Switch's experts is a mean over rows, which needs no statement.
     "name",
-    ["gpt2", "bert", pytest.param("switch", marks=pytest.mark.slow)],
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "switch"))],
 )
 def test_a_model_of_transformers_trains_in_two_stages(pools: Pools, name: str) -> None:
     pools.run(2, train, name, seconds=200)
@@ -218,6 +218,7 @@ def balance_parts(stages: int, parts: list[list[int]], reduction: Any) -> None:
     wrapped.undeploy()
 
 
+@pytest.mark.slow
 def test_a_balance_of_experts_without_a_statement(pools: Pools) -> None:
     pools.run(2, balance_as_one, seconds=200)
 

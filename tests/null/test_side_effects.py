@@ -383,6 +383,22 @@ def test_a_whole_part_has_to_leave_what_was_told() -> None:
         pass
 
 
+def test_a_whole_part_may_note_that_it_put_hooks() -> None:
+    def hook_once(model: Any, x: Tensor) -> Tensor:
+        if not hasattr(model, "_hooked"):
+            model.layer.register_forward_hook(lambda *_: None)
+            model._hooked = True
+        return whole(model.layer(x))
+
+    x = torch.ones(4, 3)
+    model, left = _left(hook_once)
+    rewinding = Rewinding([list(model.named_modules())], left)
+    for _ in range(2):
+        with rewinding.of(1, check=True):
+            model(x)
+    assert not hasattr(model, "_hooked")  # like the hooks, which are put back
+
+
 class Straying(nn.Module):
     """Counts in the module around it."""
 

@@ -34,6 +34,7 @@ from .errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from ._arguments import ArgumentChanges
     from ._opaque import Opaque
     from ._outer import Name
     from ._places import Place
@@ -55,6 +56,7 @@ class Program:
         rows: the number of rows it was exported with.
         batch_inputs: positions of the tensors that hold rows.
         results: the structure of what the model returns.
+        arguments: what a call changes in its arguments, made of its further results.
         opaque_calls: parts that are called as they are, by the name of their operator.
         static_reason: why the program is valid only for this number of rows, if it is.
         left: what a call leaves in attributes of modules.
@@ -67,6 +69,7 @@ class Program:
     rows: int
     batch_inputs: set[int]
     results: Structure
+    arguments: ArgumentChanges
     opaque_calls: dict[str, Opaque]
     static_reason: str | None
     left: Left
@@ -120,6 +123,7 @@ def export(
                 exported_rows,
                 set(symbols),
                 flat.results,
+                flat.arguments,
                 calls,
                 static_reason,
                 exporter.left,
@@ -136,6 +140,7 @@ def export(
         rows,
         candidates,
         flat.results,
+        flat.arguments,
         calls,
         static_reason,
         exporter.left,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
+from ._arguments import ArgumentChanges, Arguments, written_with_gradient
 from ._places import Unreturned
 from ._snapshot import Changes, Snapshot
 from ._structure import Structure, flatten
@@ -22,6 +23,8 @@ _log = logging.getLogger("pyrannc")
 
 class FlatModel(torch.nn.Module):
     """A model that takes and gives flat lists of tensors.
+
+    Behind what the model returns it gives what is left in the arguments.
 
     Attributes:
         results: the structure of what the model returned last.
@@ -37,23 +40,35 @@ class FlatModel(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Calls the model."""
         args, kwargs = self._arguments.build(tensors)
+        passed = Arguments(args, kwargs)
         before = Snapshot(self.model.named_modules())
         try:
             with contextlib.redirect_stdout(cast("TextIO", _Heard(sys.stdout, self._noted))):
                 given = self.model(*args, **kwargs)
             results, _, structure = flatten(given, unknown=_unreturned, root="result")
+            further, self._noted.arguments = passed.further(_unreturned)
+            left = passed.as_left([*results, *further])
             before.check_tensors()
             before.keep_buffers()
+        except RuntimeError as failure:
+            if any(tensor.requires_grad for tensor in tensors) and "leaf Variable" in str(failure):
+                raise written_with_gradient() from failure
+            raise
         finally:
             self._noted.changes = before.restore()
             self._noted.read |= before.read
         self._noted.results = structure
-        return tuple(results)
+        return tuple(left)
 
     @property
     def changes(self) -> Changes:
         """What the last forward changed in attributes of modules."""
         return self._noted.changes
+
+    @property
+    def arguments(self) -> ArgumentChanges:
+        """What the last forward changed in its arguments."""
+        return self._noted.arguments
 
     def tell(self) -> None:
         """Warns of what a captured model does not do."""
@@ -86,6 +101,7 @@ class _Noted:
 
     results: Structure | None = None
     changes: Changes = field(default_factory=Changes)
+    arguments: ArgumentChanges = field(default_factory=ArgumentChanges)
     read: set[Place] = field(default_factory=set)
     printed: bool = False
 

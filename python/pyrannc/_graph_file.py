@@ -58,6 +58,7 @@ class GraphFile:
         for node, given in zip(inputs, input_names, strict=True):
             self._add_value(node, "input", given)
         self._inputs = inputs
+        self._given_back = {inputs[position] for position in program.arguments.written}
         for node in module.graph.nodes:
             what = operator_of(node)
             if what is not None:
@@ -156,6 +157,12 @@ class GraphFile:
                 index = self._ids[viewed]
                 if self.values[index]["kind"] == "constant":
                     raise written_to(self.values[index]["name"].removeprefix("model."))
+                if viewed in self._inputs and viewed not in self._given_back:
+                    raise CaptureError(
+                        f"forward changes its argument `{self.values[index]['name']}` in place, in "
+                        "a part that cannot be captured or where autograd does not see it",
+                        hint="change a copy of it, and return that",
+                    )
 
     def _batch_for_random(self, node: fx.Node, read: list[int]) -> list[int]:
         """Ties random numbers to the batch: copies of the operator would draw different ones."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ._arguments import Arguments
 from ._sizes import Affine, fit
 from ._structure import Structure, flatten
 from .errors import CaptureError
@@ -153,14 +154,22 @@ class Site:
         state = self.state
         before = [tensor.detach().clone() for tensor in self._buffers]
         with torch.enable_grad():
-            given = [t.requires_grad_().view_as(t) if _differentiable(t) else t for t in leaves]
+            given = [t.requires_grad_() if _differentiable(t) else t for t in leaves]
+            given = [tensor.clone() for tensor in given]  # a part may write to what it is given
             watched = [*given, *state]
             versions = [tensor._version for tensor in watched]
             saved, flops = SavedStorages(state), FlopCounter()
             hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
             call_args, call_kwargs = arguments.build(given)
+            passed = Arguments(call_args, call_kwargs)
             with hooks, flops:
                 result = self.function(*call_args, **call_kwargs)
+        if passed.changed:
+            raise CaptureError(
+                f"`{self.name}` cannot be captured, and changes a list or dictionary that it is "
+                "given",
+                hint="have it return what it puts there",
+            )
         outputs, _, results = flatten(result, unknown=_nothing, root="result")
         first = len(watched) - len(before)
         # Running statistics change without another version.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._arguments import check_apart
 from ._devices import move_operators
 from ._export import Program, export
 from ._flat import Flattener, is_value, operator_of, outputs_of
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from ._arguments import ArgumentChanges
     from ._places import Place
     from ._side_effects import Left
 
@@ -80,6 +82,7 @@ class Captured:
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
+    _changes: ArgumentChanges = field(repr=False)
     _constants: frozenset[str] = field(repr=False)
 
     def flatten_inputs(
@@ -101,9 +104,18 @@ class Captured:
         """What the model returns, made of the graph's outputs."""
         return self._results.build(tensors)
 
+    def change_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> None:
+        """Leaves in the caller's arguments what the model does, with the graph's outputs."""
+        if self._changes.written or self._changes.contents:
+            given, _, _ = flatten((args, kwargs))
+            further = tensors[len(self._results.paths()) :]
+            self._changes.apply(args, kwargs, given, further)
+
     @property
     def output_names(self) -> list[str]:
-        """The paths of the graph's outputs in what the model returns."""
+        """The paths in what the model returns of those of the graph's outputs which it returns."""
         return self._results.paths()
 
     def move_to(self, device: torch.device) -> None:
@@ -232,6 +244,8 @@ def _captured(
     """The captured model, and the submodules that keep it from being split."""
     model, tensors, structure, rows = call.model, call.tensors, call.structure, call.rows
     program = export(model, tensors, structure, rows, static_reason, opaque)
+    for position in program.arguments.written:
+        check_apart(tensors, call.names, position)
     flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
     with compiled_when_called():
         module = flat.module(type(model).__name__)
@@ -272,6 +286,7 @@ def _captured(
         _arguments=structure,
         _description=_describe(tensors, structure),
         _results=program.results,
+        _changes=program.arguments,
         _constants=frozenset(v["name"] for v in file.values if v["kind"] == "constant"),
     )
     return captured, tuple(sorted(analysis.mixing)) if program.dynamic else ()

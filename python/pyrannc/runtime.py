@@ -117,6 +117,8 @@ class Runtime(Deployment):
             finish = Finish(self, variant, program, step, arrival, sources, reduce, scale)
             outputs = finish.attach(inputs, outputs)
         variant.captured.left.apply(self.model)
+        if self.gather or self.comm.rank == 0:
+            variant.captured.change_arguments(args, kwargs, outputs)
         return variant.captured.unflatten_outputs(outputs)
 
     def _companions(

@@ -10,7 +10,7 @@ from torch.nn.modules import module as module_hooks
 
 from . import _host_random
 from ._host_random import HostState
-from ._opaque import Opaque, Site
+from ._opaque import Opaque, Site, put_back
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -225,4 +225,4 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
             yield
         finally:
             for buffer, before in buffers:
-                buffer.copy_(before)
+                put_back(buffer, before)

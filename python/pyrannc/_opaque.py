@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ._arguments import Arguments
+from ._dependence import Dependence
 from ._sizes import Affine, fit
 from ._structure import Structure, flatten
-from .errors import CaptureError
+from .errors import CaptureError, ExecutionError
 from .guards import lifted
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Observation:
         outputs: the tensors it gave.
         results: the rest of what it gave.
         written: positions of the inputs, then of the state, that it wrote to.
+        steady: those of them to which it wrote what did not depend on the inputs.
         flops: floating-point operations.
         saved_bytes: what autograd kept.
     """
@@ -97,6 +99,7 @@ class Observation:
     outputs: list[torch.Tensor]
     results: Structure
     written: tuple[int, ...]
+    steady: frozenset[int]
     flops: int
     saved_bytes: int
 
@@ -141,6 +144,15 @@ class Site:
     def _buffers(self) -> list[torch.Tensor]:
         return [] if self.module is None else list(self.module.buffers())
 
+    def _places(self) -> list[tuple[str, dict[str, Any], str, torch.Tensor]]:
+        """Where modules have its buffers."""
+        return [
+            (path, module._buffers, name, buffer)
+            for path, module in self.modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
     def begin(self) -> None:
         """Starts another run or export."""
         self._next_call = 0
@@ -153,6 +165,7 @@ class Site:
         leaves = [tensor.detach().clone() for tensor in tensors]
         state = self.state
         before = [tensor.detach().clone() for tensor in self._buffers]
+        places = {id(buffer): (registry, name) for _, registry, name, buffer in self._places()}
         with torch.enable_grad():
             given = [t.requires_grad_() if _differentiable(t) else t for t in leaves]
             given = [tensor.clone() for tensor in given]  # a part may write to what it is given
@@ -162,7 +175,8 @@ class Site:
             hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
             call_args, call_kwargs = arguments.build(given)
             passed = Arguments(call_args, call_kwargs)
-            with hooks, flops:
+            dependence = Dependence(given)
+            with hooks, flops, dependence.followed():
                 result = self.function(*call_args, **call_kwargs)
         if passed.changed:
             raise CaptureError(
@@ -172,14 +186,26 @@ class Site:
             )
         outputs, _, results = flatten(result, unknown=_nothing, root="result")
         first = len(watched) - len(before)
+        held = [places[id(buffer)] for buffer in watched[first:]]
+        now = [*watched[:first], *(registry[name] for registry, name in held)]
+        replaced = {i for i, tensor in enumerate(watched) if now[i] is not tensor}
         # Running statistics change without another version.
-        changed = {first + i for i, t in enumerate(self._buffers) if not torch.equal(t, before[i])}
-        written = tuple(
-            i for i, t in enumerate(watched) if t._version != versions[i] or i in changed
-        )
+        changed = {first + i for i, t in enumerate(now[first:]) if not _equal(t, before[i])}
+        changed |= {i for i, t in enumerate(watched) if t._version != versions[i]}
+        written = tuple(sorted(replaced | changed))
+        uncertain = replaced if dependence.decided else set()
+        steady = {i for i in written if i not in uncertain and not dependence.reaches(now[i])}
         self._observed.setdefault(rows, []).append(
             Observation(
-                rows, leaves, arguments, outputs, results, written, flops.total, saved.total
+                rows,
+                leaves,
+                arguments,
+                outputs,
+                results,
+                written,
+                frozenset(steady),
+                flops.total,
+                saved.total,
             )
         )
         return results.build([tensor.detach() for tensor in outputs])
@@ -201,34 +227,44 @@ class Site:
         finally:
             with torch.no_grad():
                 for tensor, value in zip(state, before, strict=True):
-                    tensor.copy_(value)
+                    put_back(tensor, value)
 
     @contextlib.contextmanager
-    def with_state(self, state: list[torch.Tensor]) -> Iterator[None]:
-        """Has the part use copies of buffers in the body, where `state` has some."""
-        own = self.state
-        copies = {
-            id(buffer): given
-            for buffer, given in zip(own, state, strict=True)
-            if given is not buffer and not isinstance(buffer, torch.nn.Parameter)
-        }
-        modules = [] if self.module is None or not copies else self.module.modules()
+    def with_state(self, state: list[torch.Tensor], written: frozenset[int]) -> Iterator[None]:
+        """Has the part use in the body what `state` has in place of its buffers.
+
+        Args:
+            state: what it uses.
+            written: positions in it that the part is known to write to.
+
+        Raises:
+            ExecutionError: when it writes to others.
+        """
+        numbered = enumerate(zip(self.state, state, strict=True))
+        given = {id(own): (index, tensor) for index, (own, tensor) in numbered}
         places = [
-            (module._buffers, name, buffer, copies[id(buffer)])
-            for module in modules
-            for name, buffer in module._buffers.items()
-            if id(buffer) in copies
+            (path, registry, name, buffer, *given[id(buffer)])
+            for path, registry, name, buffer in self._places()
         ]
-        for buffers, name, _, copy in places:
-            buffers[name] = copy
+        versions = [tensor._version for *_, tensor in places]
+        for _, registry, name, _, _, tensor in places:
+            registry[name] = tensor
+        strayed: list[str] = []
         try:
             yield
+            for version, (path, registry, name, _, index, tensor) in zip(
+                versions, places, strict=True
+            ):
+                assigned = registry.get(name)
+                if index in written:
+                    _copy_into(tensor, assigned, path, name)
+                elif assigned is not tensor or tensor._version != version:
+                    strayed.append(f"{path}.{name}" if path else name)
         finally:
-            for buffers, name, buffer, copy in places:
-                assigned = buffers[name]
-                if assigned is not None and assigned is not copy:
-                    copy.detach().copy_(assigned)
-                buffers[name] = buffer
+            for _, registry, name, buffer, _, _ in places:
+                registry[name] = buffer
+        if strayed:
+            raise _unforeseen(strayed[0])
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stands for the call during export.
@@ -260,6 +296,7 @@ class Opaque(torch.nn.Module):
         site: the part that is called.
         runs: what it did in real runs at one or two batch sizes.
         written: positions of the inputs, then of the state, that it writes to.
+        steady: those of them to which it writes what does not depend on the inputs.
     """
 
     def __init__(self, site: Site, arguments: Structure, runs: list[Observation]) -> None:
@@ -267,12 +304,15 @@ class Opaque(torch.nn.Module):
         self.site = site
         self.runs = runs
         self.written = runs[0].written
+        self.steady = runs[0].steady
+        first = len(runs[0].inputs)
+        self._state_written = frozenset(i - first for i in self.written if i >= first)
         self._arguments = arguments
 
     def forward(self, inputs: list[torch.Tensor], state: list[torch.Tensor]) -> list[torch.Tensor]:
         """Calls the real thing, with the buffers in `state`; parameters are what it holds."""
         args, kwargs = self._arguments.build(inputs)
-        with lifted(), self.site.with_state(state):
+        with lifted(), self.site.with_state(state, self._state_written):
             result = self.site.function(*args, **kwargs)
         outputs, _, _ = flatten(result, unknown=_nothing, root="result")
         return outputs
@@ -335,6 +375,42 @@ class Opaque(torch.nn.Module):
 
 def _nothing(*_: Any) -> None:
     """Stands for what a part gives that is no tensor."""
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+@torch.no_grad()
+def _copy_into(tensor: torch.Tensor, assigned: torch.Tensor | None, path: str, name: str) -> None:
+    """Writes what a part assigned to a buffer into what stands for it."""
+    if assigned is tensor:
+        return
+    if assigned is None or assigned.shape != tensor.shape:
+        found = "nothing" if assigned is None else f"shape {[*assigned.shape]}"
+        raise ExecutionError(
+            f"forward leaves {found} in the buffer `{path}.{name}`, which has the shape "
+            f"{[*tensor.shape]}",
+            hint="register it with the shape that it needs, and use parts of it",
+        )
+    tensor.copy_(assigned)
+
+
+def _unforeseen(name: str) -> ExecutionError:
+    return ExecutionError(
+        f"a part of the model that cannot be captured wrote to the buffer `{name}`, which it did "
+        "not do when the model was captured, so that nobody knows what the other parts of the "
+        "batch do",
+        hint="write to it in every call, for instance with `torch.where` or `torch.maximum`",
+    )
+
+
+def put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Gives a tensor the value and the shape that it had."""
+    if tensor.shape == value.shape:
+        tensor.copy_(value)
+    else:
+        tensor.data = value
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

@@ -6,17 +6,18 @@ operators without a rule this is tested once on random tensors of the true sizes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from . import _host_random
-from ._flat import positional
+from ._flat import positional, written_arguments
 from ._layout import NONE, Layout, MixesRows, Split, placed
 from ._side_effects import Rewinding
 from ._sizes import at
+from .errors import ExecutionError
 
 if TYPE_CHECKING:
     from ._opaque import Opaque
@@ -57,9 +58,12 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
     """The layouts of a whole submodule's results, tried out on what it was given in a real run.
 
     Raises:
-        MixesRows: when it is not row-wise.
+        MixesRows: when it is not row-wise, or parts of the batch would leave something else in
+            buffers than the whole does.
     """
     seen = target.runs[0]
+    written = written_arguments(call.node)
+    _check_steady(call, target, written)
     nodes = list(positional(call.node)[0])
     whole = dict(zip(nodes, seen.inputs, strict=True))
     singles = [(row, row + 1) for row in range(min(seen.rows, _MAX_SINGLE_ROWS))]
@@ -78,15 +82,30 @@ def probed_opaque(call: Call, target: Opaque) -> list[Layout]:
             torch.manual_seed(0)
             _host_random.seed(0)
             results = target(given, state)
-        return [results[positional(output)[1]].detach() for output in call.outputs]
+        left = [[*given, *state][position].detach() for position in target.written]
+        return [*(results[positional(output)[1]].detach() for output in call.outputs), *left]
 
     try:
         with target.site.undisturbed():
-            return tried(call, whole, run, parts)
+            return tried(call, whole, run, parts, written)
     except MixesRows:
         raise
+    except ExecutionError as failure:
+        raise MixesRows("writes to buffers for some of the rows only") from failure
     except Exception as failure:
         raise MixesRows("cannot be run on parts of the batch") from failure
+
+
+def _check_steady(call: Call, target: Opaque, written: list[fx.Node]) -> None:
+    """Refuses parts that keep something of the rows where all rows find it.
+
+    That parts of one batch leave what the whole leaves is not enough: with other rows they might
+    not.
+    """
+    for position, node in zip(target.written, written, strict=True):
+        if call.layout(node) is NONE and position not in target.steady:
+            where = f"the buffer `{node.target}`" if node.op == "get_attr" else "a tensor"
+            raise MixesRows(f"writes what depends on the rows to {where}")
 
 
 def tried(
@@ -94,6 +113,7 @@ def tried(
     whole: dict[fx.Node, torch.Tensor],
     run: Runner,
     parts: tuple[tuple[int, int], ...],
+    written: Sequence[fx.Node] = (),
 ) -> list[Layout]:
     """The layouts with which the results for parts of the rows are parts of the results.
 
@@ -102,6 +122,7 @@ def tried(
         whole: the tensors it reads, for a batch.
         run: runs it.
         parts: ranges of rows to run by themselves.
+        written: tensors that it writes to, which `run` gives after the results.
 
     Raises:
         MixesRows: when there are no such layouts.
@@ -112,11 +133,12 @@ def tried(
         for part in parts
     ]
     results = [run(values) for values in given]
+    left = [call.layout(tensor) for tensor in written]
     for layouts in _candidates(call):
         if all(
             _close(result, _rows_of(full, layout, part))
             for part, found in zip(parts, results, strict=True)
-            for result, full, layout in zip(found, expected, layouts, strict=True)
+            for result, full, layout in zip(found, expected, [*layouts, *left], strict=True)
         ):
             return list(layouts)
     raise MixesRows("does not treat rows one by one")

@@ -8,6 +8,7 @@ Everything else is put back as it was, as the exporter's tensors must not stay o
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import IOBase
@@ -30,7 +31,7 @@ from ._places import (
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
 _LEAVES = frozenset({
     bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.nn.Parameter,
@@ -190,8 +191,9 @@ class Snapshot:
         """
         for parts in self._parts:
             parts.check()
+        shared = Counter(place for buffers in self._buffers for place in buffers.identities())
         for buffers in self._buffers:
-            buffers.keep()
+            buffers.keep({identity for identity, places in shared.items() if places > 1})
 
     def restore(self) -> Changes:
         """Puts everything back; tells what had changed."""
@@ -282,20 +284,31 @@ class _Buffers:
         self._path = path
         self._module = module
         self._before = dict(module._buffers)
+        self._shapes = {n: b.shape for n, b in self._before.items() if b is not None}
 
-    def keep(self) -> None:
-        """Writes what was assigned to them into them."""
+    def identities(self) -> list[int]:
+        """Identities of the buffers that there were."""
+        return [id(buffer) for buffer in self._before.values() if buffer is not None]
+
+    def keep(self, shared: Container[int]) -> None:
+        """Writes what was assigned to them into them, unless others have them, too."""
         buffers = self._module._buffers
         for name, before in self._before.items():
             now = buffers.get(name)
-            if before is None or now is before:
+            if before is None or (now is before and now.shape == self._shapes[name]):
                 continue
-            if now is None or now.shape != before.shape:
+            if now is None or now.shape != self._shapes[name]:
                 shape = "nothing" if now is None else f"a tensor of shape {[*now.shape]}"
                 raise CaptureError(
                     f"forward leaves {shape} in the buffer `{dotted((self._path, name))}`, which "
-                    f"has the shape {[*before.shape]}",
+                    f"has the shape {[*self._shapes[name]]}",
                     hint="register it with the shape that it needs, and use parts of it",
+                )
+            if id(before) in shared:
+                raise CaptureError(
+                    f"forward assigns to `{dotted((self._path, name))}`, a buffer that has other "
+                    "names, too, which would go on with the former one",
+                    hint="write into it, with `copy_` for instance",
                 )
             with torch.no_grad():
                 before.copy_(now)

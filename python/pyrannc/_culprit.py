@@ -10,6 +10,7 @@ from torch.nn.modules import module as module_hooks
 
 from . import _host_random
 from ._host_random import HostState
+from ._obstacles import BACKWARD, Obstacle, is_by_content, place_of, reason_of
 from ._opaque import Opaque, Site, put_back
 from .errors import CaptureError
 
@@ -23,6 +24,10 @@ class CustomBackward(Exception):
     def __init__(self, function: type) -> None:
         super().__init__(function.__qualname__)
         self.function = function
+
+
+class Caught(Exception):
+    """Raised at the end of an export in which suspects had to be replaced."""
 
 
 class Tracker:
@@ -75,12 +80,19 @@ class Tracker:
 
 
 class Sites:
-    """All parts of a model that are called as they are."""
+    """All parts of a model that are called as they are.
+
+    *Suspects* are of the class of a part that stopped the exporter. They run for real while sites
+    are observed, too, so that in one export all of them are found that stop it.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._modules: dict[torch.nn.Module, Site] = {}
         self._functions: dict[type, Site] = {}
+        self._suspects: dict[torch.nn.Module, Site] = {}
+        self._caught: dict[torch.nn.Module, Exception] = {}
+        self._noted: dict[str, Obstacle] = {}
 
     def __bool__(self) -> bool:
         return bool(self._modules or self._functions)
@@ -91,12 +103,24 @@ class Sites:
         sites = [*self._modules.values(), *self._functions.values()]
         return {name: call for site in sites for name, call in site.calls.items()}
 
-    def add_function(self, function: type) -> None:
+    @property
+    def obstacles(self) -> list[Obstacle]:
+        """What stopped the exporter, for each part that is called as it is."""
+        return [
+            self._noted[key]
+            for key in [*self.paths, *map(str, self._functions)]
+            if key in self._noted
+        ]
+
+    def add_function(self, function: type, place: str = "") -> None:
         """Makes all calls of a custom `autograd.Function` opaque."""
+        self._noted[str(function)] = Obstacle(function.__qualname__, None, place, BACKWARD)
         self._functions[function] = Site(function.__qualname__, getattr(function, "apply"))  # noqa: B009
 
-    def add_module(self, culprit: torch.nn.Module | None) -> None:
-        """Makes a submodule opaque, or the smallest one around it that is not yet."""
+    def add_module(
+        self, culprit: torch.nn.Module | None, reason: str = "", place: str = ""
+    ) -> torch.nn.Module:
+        """Makes a submodule opaque, or the smallest one around it that is not yet; gives it."""
         names = {module: name for name, module in self._model.named_modules()}
         path = names.get(culprit, "") if culprit is not None else ""
         while self._model.get_submodule(path) in self._modules and path:
@@ -107,8 +131,27 @@ class Sites:
             raise CaptureError(message)
         for inner in module.modules():
             self._modules.pop(inner, None)
-        inside = [(names[part], part) for part in module.modules()]
-        self._modules[module] = Site(type(module).__name__, module.forward, inside)
+            self._suspects.pop(inner, None)
+        self._modules[module] = _site(module, names)
+        if reason:
+            self._noted[path] = Obstacle(type(module).__name__, path, place, reason)
+        return module
+
+    def suspect(self, culprit: torch.nn.Module) -> None:
+        """Suspects all modules of a culprit's class."""
+        names = {module: name for name, module in self._model.named_modules()}
+        kin = [module for module in names if type(module) is type(culprit)]
+        inside = {part for site in [*self._modules, *kin] for part in site.modules()} - {*kin}
+        for module in kin:
+            if module not in inside and module not in self._modules:
+                self._suspects[module] = _site(module, names)
+
+    def convict(self) -> None:
+        """Makes the suspects opaque that stopped the last export."""
+        caught, self._caught = self._caught, {}
+        self._suspects.clear()
+        for module, failure in caught.items():
+            self.add_module(module, reason_of(failure), place_of(failure))
 
     @property
     def paths(self) -> list[str]:
@@ -139,16 +182,52 @@ class Sites:
                     site.forget(rows)
 
     @contextlib.contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Has operators without insides in place of the sites while the body exports."""
-        with self._swapped(None):
-            yield
+    def standing_in(self, running: list[torch.nn.Module]) -> Iterator[None]:
+        """Has operators without insides in place of the sites while the body exports.
+
+        Args:
+            running: the submodules that run, outermost first.
+
+        Raises:
+            Caught: when suspects stopped it.
+        """
+
+        def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
+            del args, result
+            if module is self._model and self._caught:
+                raise Caught
+
+        self._caught.clear()
+        after = module_hooks.register_module_forward_hook(leave)
+        try:
+            with self._swapped(None, running):
+                yield
+        finally:
+            after.remove()
 
     def _all(self) -> list[Site]:
-        return [*self._modules.values(), *self._functions.values()]
+        return [*self._modules.values(), *self._suspects.values(), *self._functions.values()]
+
+    def _tried(self, module: torch.nn.Module, site: Site, running: list[torch.nn.Module]) -> Any:
+        """Has a suspect be exported; if it stops the exporter, an operator stands in for it."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = site.function(*args, **kwargs)
+            except Exception as failure:
+                if not is_by_content(failure) or running[-1:] != [module]:
+                    raise
+                self._caught[module] = failure
+                return site.trace(args, kwargs)
+            site.skip()
+            return result
+
+        return call
 
     @contextlib.contextmanager
-    def _swapped(self, rows: int | None) -> Iterator[None]:
+    def _swapped(
+        self, rows: int | None, running: list[torch.nn.Module] | None = None
+    ) -> Iterator[None]:
         """Leads the sites' calls to `observe` (with a batch size) or `trace` (without)."""
         for site in self._all():
             site.begin()
@@ -164,9 +243,17 @@ class Sites:
         with contextlib.ExitStack() as stack:
             for module, site in self._modules.items():
                 stack.enter_context(_attribute(module, "forward", lead(site)))
+            for module, site in self._suspects.items():
+                call = lead(site) if running is None else self._tried(module, site, running)
+                stack.enter_context(_attribute(module, "forward", call))
             leads = {function: lead(site) for function, site in self._functions.items()}
             stack.enter_context(_custom_backwards(leads, refuse=rows is None))
             yield
+
+
+def _site(module: torch.nn.Module, names: dict[torch.nn.Module, str]) -> Site:
+    inside = [(names[part], part) for part in module.modules()]
+    return Site(type(module).__name__, module.forward, inside)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ class _Reads(TorchFunctionMode):
     """Tells of what leaves PyTorch without any operator."""
 
     def __init__(self, dependence: Dependence) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._dependence = dependence
 
     def __torch_function__(

@@ -18,11 +18,12 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ._autocast import no_autocast
-from ._culprit import CustomBackward, Sites, Tracker, undisturbed
+from ._culprit import Caught, CustomBackward, Sites, Tracker, undisturbed
 from ._flat import module_path
 from ._flat_model import FlatModel
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
+from ._obstacles import DRAWS, SIZES, Obstacle, is_by_content, place_of, reason_of, unknown_numbers
 from ._outer import outer_names
 from ._places import dotted
 from ._repeats import RealNeededError, traced_once
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
-_log = logging.getLogger("pyrannc")
-
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -61,6 +60,7 @@ class Program:
         static_reason: why the program is valid only for this number of rows, if it is.
         left: what a call leaves in attributes of modules.
         read: places in the user's objects that it has read.
+        obstacles: what stopped the exporter in the parts that are called as they are.
     """
 
     module: fx.GraphModule
@@ -74,6 +74,7 @@ class Program:
     static_reason: str | None
     left: Left
     read: frozenset[Place]
+    obstacles: list[Obstacle]
 
     @property
     def dynamic(self) -> bool:
@@ -128,6 +129,7 @@ def export(
                 static_reason,
                 exporter.left,
                 flat.read,
+                exporter.sites.obstacles,
             )
     module, state = exporter.export(tensors, rows, dynamic=False)
     flat.tell()
@@ -145,6 +147,7 @@ def export(
         static_reason,
         exporter.left,
         flat.read,
+        exporter.sites.obstacles,
     )
 
 
@@ -194,7 +197,8 @@ class _Exporter:
             try:
                 copies = self._copies(tensors, rows)
                 outside = self._outside()
-                module, state = self._traced(tracker, copies, candidates)
+                with unknown_numbers() as places:
+                    module, state = self._traced(tracker, copies, candidates)
                 drawing = self._drawing(tensors, rows, candidates) if tracker.drew else []
                 unknown = _unknown_sizes(module)
                 if not unknown and not drawing:
@@ -209,7 +213,8 @@ class _Exporter:
                     self.left = settling.left().with_part(self.left)
                     return self._traced(tracker, self._copies(tensors, rows), candidates)
                 if unknown:
-                    self.sites.add_module(self._around(unknown))
+                    place = next(filter(None, places), "")
+                    self.sites.add_module(self._around(unknown), SIZES, place)
                 else:
                     self._leave_draws(drawing)
             except CaptureError:
@@ -229,13 +234,14 @@ class _Exporter:
         for views in (True, False):
             with contextlib.suppress(RealNeededError), traced_once(views=views) as repeats:
                 try:
-                    with self.sites.standing_in(), tracker.watching():
+                    with self.sites.standing_in(tracker.running), tracker.watching():
                         return _exported(self._flat, tensors, candidates)
                 except Exception as failure:
-                    if not repeats.any or _known_cause(failure) is not None:
+                    known = isinstance(failure, Caught) or is_by_content(failure)
+                    if known or not repeats.any or _known_cause(failure) is not None:
                         raise
                     raise RealNeededError from failure
-        with self.sites.standing_in(), tracker.watching():
+        with self.sites.standing_in(tracker.running), tracker.watching():
             return _exported(self._flat, tensors, candidates)
 
     def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
@@ -245,16 +251,21 @@ class _Exporter:
         ]
 
     def _blame(self, failure: Exception, running: list[torch.nn.Module]) -> None:
-        """Makes the part opaque in which the exporter failed."""
+        """Makes the part opaque in which the exporter failed; suspects others of its class."""
+        self.sites.convict()
+        if isinstance(failure, Caught):
+            return
         cause = _known_cause(failure)
         if isinstance(cause, CustomBackward):
-            self.sites.add_function(cause.function)
+            self.sites.add_function(cause.function, place_of(cause))
             return
         if cause is not None:
             raise cause
         inside = self._own(running)
-        _log.info("`%s` is captured as one operator: %s", _innermost_name(inside), failure)
-        self.sites.add_module(inside[-1] if inside else None)
+        reason, place = reason_of(failure), place_of(failure)
+        culprit = self.sites.add_module(inside[-1] if inside else None, reason, place)
+        if is_by_content(failure):
+            self.sites.suspect(culprit)
 
     def _drawing(
         self, tensors: list[torch.Tensor], rows: int, candidates: set[int]
@@ -269,13 +280,7 @@ class _Exporter:
         """Makes the parts opaque that draw numbers of which a graph would make constants."""
         inner = {part for module in drawing for part in module.modules() if part is not module}
         for module in dict.fromkeys(part for part in drawing if part not in inner):
-            _log.warning(
-                "`%s` draws from Python's `random` or from NumPy in its forward, so it runs as it "
-                "is and cannot be divided between stages; draw with torch.rand and the like "
-                "instead",
-                _innermost_name([module]),
-            )
-            self.sites.add_module(module)
+            self.sites.add_module(module, DRAWS)
 
     def _outside(self) -> dict[Name, Any]:
         """What is found by names outside of the model that its code reads."""
@@ -373,10 +378,6 @@ def _known_cause(failure: BaseException | None) -> CaptureError | CustomBackward
             return failure
         failure = failure.__cause__ or failure.__context__
     return None
-
-
-def _innermost_name(running: list[torch.nn.Module]) -> str:
-    return type(running[-1]).__name__ if running else "the model"
 
 
 def _unknown_sizes(module: fx.GraphModule) -> list[str]:

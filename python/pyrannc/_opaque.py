@@ -210,6 +210,10 @@ class Site:
         )
         return results.build([tensor.detach() for tensor in outputs])
 
+    def skip(self) -> None:
+        """Takes note of a call during export that needed no operator."""
+        self._next_call += 1
+
     def forget(self, rows: int | None = None) -> None:
         """Forgets the run with that many rows, or all runs."""
         if rows is None:

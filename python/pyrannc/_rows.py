@@ -52,6 +52,12 @@ class RowAnalysis:
     mixing: set[str] = field(default_factory=set)
     culprits: list[fx.Node] = field(default_factory=list)
 
+    @property
+    def mixing_module(self) -> str | None:
+        """The submodule whose operator is the reason."""
+        what = operator_of(self.culprits[0]) if self.culprits else None
+        return None if what is None else what.module
+
 
 class Call:
     """One operator as its rule sees it.

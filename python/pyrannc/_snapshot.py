@@ -42,6 +42,10 @@ _PARTS = {"_parameters": "parameter", "_modules": "submodule"}
 _TORCHS = frozenset(torch.nn.Module().__dict__) - {"training"}
 
 
+class UnsettledError(CaptureError):
+    """Occurs when a forward makes or replaces parts of the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What one forward changed.
@@ -316,7 +320,7 @@ class _Buffers:
         for name, now in buffers.items():
             persistent = name not in self._module._non_persistent_buffers_set
             if now is not None and persistent and self._before.get(name) is None:
-                raise CaptureError(
+                raise UnsettledError(
                     f"forward makes the buffer `{dotted((self._path, name))}`, which state "
                     "dictionaries would have from then on",
                     hint="register it in __init__, or with persistent=False",
@@ -346,11 +350,12 @@ class _Parts:
         for kind, now, before in self._held:
             for name in {**before, **now}:
                 if now.get(name) is not before.get(name):
-                    raise CaptureError(
+                    raise UnsettledError(
                         f"forward makes or replaces the {_PARTS[kind]} "
-                        f"`{dotted((self._path, name))}`, which is to have its place before",
-                        hint="create it in __init__, or call the bare model once before wrapping "
-                        "it if that makes it",
+                        f"`{dotted((self._path, name))}`, which is to have its place before, and "
+                        "not in the model's first call alone",
+                        hint="create it in __init__; where forward changes the model for another "
+                        "kind of input, let that be the model's first",
                     )
 
     def restore(self) -> dict[Place, Any]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from ._arguments import ArgumentChanges
+    from ._obstacles import Obstacle
     from ._places import Place
     from ._side_effects import Left
 
@@ -66,6 +67,8 @@ class Captured:
         batch_inputs: positions of the tensors, among the graph's inputs, that hold rows.
         left: what a call leaves in attributes of modules.
         read: places in the user's objects that its forward has read.
+        obstacles: what stopped the exporter in the parts that are called as they are.
+        mixing_module: the submodule that keeps the batch from being split, if it is known.
     """
 
     graph_json: str
@@ -79,6 +82,8 @@ class Captured:
     batch_inputs: list[int]
     left: Left
     read: frozenset[Place]
+    obstacles: list[Obstacle]
+    mixing_module: str | None
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
@@ -283,6 +288,8 @@ def _captured(
         batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
         left=program.left,
         read=program.read,
+        obstacles=program.obstacles,
+        mixing_module=analysis.mixing_module,
         _arguments=structure,
         _description=_describe(tensors, structure),
         _results=program.results,

@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
 from ._common import CommonValues
+from ._first_call import is_unfinished, settle
 from ._form import Form
 from ._places import reveal
-from ._snapshot import unchanged
+from ._remarks import uncaptured, unsplit
+from ._snapshot import UnsettledError, unchanged
 from ._stated import check_stated
 from ._structure import flatten
 from ._wrapper import not_looked_into
@@ -109,6 +111,8 @@ class Deployment:
             self.whole_optimizer = WholeOptimizer.of(optimizer, self.parameters)
         self._elsewhere: list[torch.nn.Parameter] = []
         self._whole: set[int] = set()
+        self._settled = False
+        self._warned: set[str] = set()
         self._guards: guards.Guards | None = None
         self.closed = False
         self.loss_weight = LossWeight(self.comm, loss_reduction)
@@ -166,16 +170,22 @@ class Deployment:
         """The model as it trains; as it is now if it cannot be called so when it trains."""
         try:
             with _in_mode(self.model, training=True):
-                kind = Kind(signature, self._mode())
-                return *self._capture(args, kwargs, rows), kind
+                return self._capture_kind(args, kwargs, signature, rows)
         except MismatchError:
             raise
         except Exception as failure:  # whatever the user's forward raises
             if self.model.training:
                 raise
             logger.info("planned as the model evaluates, as it does not train so: %s", failure)
+        return self._capture_kind(args, kwargs, signature, rows)
+
+    def _capture_kind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, rows: int
+    ) -> tuple[Captured, _core.Graph, Kind]:
         kind = Kind(signature, self._mode())
-        return *self._capture(args, kwargs, rows), kind
+        captured, graph = self._capture(args, kwargs, rows)
+        # The first capture may have found that the first call changes the model.
+        return captured, graph, Kind(signature, self._mode()) if self._settled else kind
 
     def _take_part(self) -> None:
         """Takes rank 0's values of what this rank holds, and frees the rest."""
@@ -325,18 +335,28 @@ class Deployment:
             captured.move_to(self.comm.device)
             return captured, _core.Graph.from_json(captured.graph_json)
 
-        captured, graph = agree(self.comm, "capture the model", work)
+        def attempt() -> tuple[Captured, _core.Graph] | None:
+            if settles and is_unfinished(self.model):
+                return None
+            try:
+                return work()
+            except UnsettledError:
+                if not settles:
+                    raise
+                return None
+
+        settles = not self.deployed and not self._settled
+        found = agree(self.comm, "capture the model", attempt)
+        if settles and any(self.comm.all_gather_objects(found is None)):
+            self._settle(args, kwargs)
+            return self._capture(args, kwargs, rows)
+        assert found is not None
+        captured, graph = found
         tensors, paths, _ = flatten((args, kwargs))
         # Some that seemed to hold rows may not.
         common = self._common(tensors, paths, frozenset(captured.batch_inputs))
         self._compare(captured, graph, common)
-        if not graph.splittable and self.comm.rank == 0:
-            logger.warning(
-                "the batch cannot be split, so every step runs as one microbatch on one replica: "
-                "%s; %s",
-                graph.unsplittable_reason,
-                planning.HOW_TO_SPLIT,
-            )
+        self._warn(captured, graph)
         return captured, graph
 
     def _compare(self, captured: Captured, graph: _core.Graph, common: CommonValues) -> None:
@@ -384,6 +404,33 @@ class Deployment:
             )
         named = enumerate(zip(paths, tensors, strict=True))
         return CommonValues({path: t for i, (path, t) in named if i not in holding})
+
+    def _settle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has the model be as its first call leaves it; collective."""
+        self._settled = True
+
+        def run() -> None:
+            copied = pytree.tree_map_only(
+                torch.Tensor, lambda t: t.detach().clone(), (args, kwargs)
+            )
+            with guards.lifted():
+                self.model(*copied[0], **copied[1])
+
+        settle(self.comm, self.model, self.optimizer, run)
+        self._look_again()
+        self._form = Form(self.model)
+
+    def _warn(self, captured: Captured, graph: _core.Graph) -> None:
+        """Says once what of the model cannot be divided, and why."""
+        if self.comm.rank != 0:
+            return
+        if captured.obstacles and "opaque" not in self._warned:
+            self._warned.add("opaque")
+            logger.warning("%s", uncaptured(captured, self.model))
+        if not graph.splittable and "batch" not in self._warned:
+            self._warned.add("batch")
+            reason = graph.unsplittable_reason or ""
+            logger.warning("%s", unsplit(captured, reason, self.model))
 
     def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
         stages = {

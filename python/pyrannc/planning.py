@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _core, cluster
+from ._remarks import how_to_split
 from .errors import PlanError
 from .optimizer import state_bytes_per_parameter_byte
 from .profile import profile
@@ -27,14 +28,6 @@ logger = logging.getLogger(__name__)
 
 _USUAL_STATE_FACTOR = 2.0
 """Adam's: what to assume of an optimizer that is unknown or cannot be probed."""
-
-HOW_TO_SPLIT = (
-    "if that belongs to a loss which the model returns, state with the argument "
-    '`output_reduction` of RaNNCModule that it is the "mean" or the "sum" over rows of what '
-    "microbatches give; or have the model return what the loss needs, compute it outside, and "
-    "state how it reduces with `loss_reduction`"
-)
-"""What to do where an operator needs the whole batch at once."""
 
 
 def make_plan(
@@ -95,7 +88,7 @@ def _with_remedy(error: Exception, graph: _core.Graph) -> Exception:
     reason = graph.unsplittable_reason
     if not isinstance(error, PlanError) or reason is None or reason not in error.message:
         return error
-    return type(error)(error.message, "; ".join(filter(None, [error.hint, HOW_TO_SPLIT])))
+    return type(error)(error.message, "; ".join(filter(None, [error.hint, how_to_split(reason)])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,4 +269,5 @@ def test_a_part_that_draws_stays_whole(caplog: pytest.LogCaptureFixture) -> None
         gamble()
     told = [record.message for record in caplog.records if "draws from Python's" in record.message]
     assert len(told) == 1
-    assert told[0].startswith("`Gambling` draws")
+    assert told[0].startswith("a part of the model cannot be captured")
+    assert "`Gambling`: draws from Python's `random`" in told[0]

@@ -16,9 +16,10 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ._culprit import undisturbed
-from ._places import holder_of, put
+from ._places import GONE, holder_of, put
 from ._snapshot import Snapshot
 from .errors import CaptureError, MismatchError
+from .meeting import agree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,8 +71,8 @@ def settle(
             run()
 
     if is_unfinished(model):
-        _finish(model, once)
-    _keep(model, once)
+        agree(comm, "make the first call of the model", lambda: _finish(model, once))
+    agree(comm, "make the first call of the model", lambda: _keep(model, once))
     after = dict(model.named_parameters())
     made = [name for name, parameter in after.items() if before.get(name) is not parameter]
     state = {**after, **dict(model.named_buffers())}
@@ -132,7 +133,10 @@ def _keep(model: torch.nn.Module, run: Callable[[], None]) -> None:
             )
     for place, value in changes.values.items():
         holder = holder_of(model, place)
-        if not again.touch(place) and isinstance(holder, torch.nn.Module):
+        is_module = isinstance(holder, torch.nn.Module)
+        if is_module and any(place[-1] in second[holder][kind] for kind in _KINDS):
+            continue  # settled above
+        if holder is not GONE and not again.touch(place):
             put(holder, place[-1], value)
 
 

@@ -126,6 +126,8 @@ class Deployment:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str, rows: int
     ) -> None:
         """Plans on rank 0 and takes this rank's part; see the package's architecture page."""
+        if is_unfinished(self.model):
+            self._settle(args, kwargs)
         if self.whole_optimizer is None:
             meet(self.comm, "the first call of the model, without an optimizer")
         else:
@@ -336,8 +338,6 @@ class Deployment:
             return captured, _core.Graph.from_json(captured.graph_json)
 
         def attempt() -> tuple[Captured, _core.Graph] | None:
-            if settles and is_unfinished(self.model):
-                return None
             try:
                 return work()
             except UnsettledError:
@@ -417,8 +417,7 @@ class Deployment:
                 self.model(*copied[0], **copied[1])
 
         settle(self.comm, self.model, self.optimizer, run)
-        self._look_again()
-        self._form = Form(self.model)
+        self._mode()
 
     def _warn(self, captured: Captured, graph: _core.Graph) -> None:
         """Says once what of the model cannot be divided, and why."""

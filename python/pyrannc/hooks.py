@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PART_OF_THE_MODEL = ("torch.nn.utils", "transformers.utils.output_capturing")
-"""Where hooks come from that compute weights (weight and spectral norm, pruning), or results."""
+_PART_OF_THE_MODEL = (
+    "torch.nn.utils", "torch.nn.modules.lazy", "transformers.utils.output_capturing",
+)  # fmt: skip
+"""Where hooks come from that make or compute weights (lazy, weight norm, pruning), or results."""
 
 
 def check_module_hooks(model: torch.nn.Module) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pyrannc import _export
+from pyrannc._opaque import Opaque
+from pyrannc._remarks import uncaptured
 from pyrannc.capture import capture
-from pyrannc.errors import CaptureError
+from pyrannc.errors import CaptureError, ExecutionError
 from tests.null.capturing import Graph, captured_graph, check_against_bare, check_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
@@ -234,3 +239,94 @@ def test_capture_leaves_random_numbers_and_buffers_alone() -> None:
     torch.testing.assert_close(torch.rand(3), expected)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, before[name])
+
+
+class Writing(Deciding):
+    """Keeps something of what it saw, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.register_buffer("low", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("histogram", torch.zeros(4, dtype=torch.long), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        with torch.no_grad():
+            if self.way == "assigned":
+                self.low = torch.minimum(self.low, x.min())
+            elif self.way == "unchanged":
+                self.low = torch.minimum(self.low, x.abs().min())
+            elif self.way == "average":
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            elif self.way == "histogram":
+                self.histogram += torch.histc(x, 4).long()
+            elif self.way == "rows":
+                self.calls.add_(x.shape[0])
+            elif self.way == "decided":
+                self.calls.add_(1)
+        return result
+
+
+@pytest.mark.parametrize(
+    "way", ["assigned", "unchanged", "average", "histogram", "rows", "decided"]
+)
+def test_what_a_part_keeps_of_its_rows_keeps_them_together(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Around(Writing(way)), torch.randn(6, 8)
+    captured = capture(model, (x,))
+    graph = json.loads(captured.graph_json)
+    assert not graph["batch"]["splittable"]
+    assert "writes what depends on the rows to the buffer" in graph["batch"]["reason"]
+
+
+def test_a_shared_buffer_is_not_assigned_to() -> None:
+    model = Around(nn.Sequential(Writing("assigned"), Writing("none")))
+    model.inner[1].low = model.inner[0].low
+    with pytest.raises(CaptureError, match=r"assigns to `inner.0.low`, a buffer that has other"):
+        capture(model, (torch.randn(6, 8),))
+
+
+def test_a_part_that_writes_to_other_buffers_later_is_refused() -> None:
+    class Rare(Deciding):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.max() > 100:
+                self.calls.add_(1)
+            return x * 2
+
+    captured = capture(Around(Rare()), (torch.randn(6, 8),))
+    (part,) = [m for m in captured.module.modules() if isinstance(m, Opaque)]
+    with pytest.raises(ExecutionError, match=r"wrote to the buffer `inner.calls`.*\n.*where"):
+        part([torch.full((6, 8), 200.0)], part.site.state)
+
+
+def test_all_parts_of_a_kind_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    exports = []
+    original = _export._exported
+    monkeypatch.setattr(_export, "_exported", lambda *a: [exports.append(1), original(*a)][1])
+    model = nn.Sequential(*(Around(Deciding()) for _ in range(6)))
+    captured = capture(model, (torch.randn(6, 8),))
+    assert len(captured.obstacles) == 6
+    assert len(exports) <= 4
+    text = uncaptured(captured, model)
+    assert "6 parts of the model cannot be captured" in text
+    assert "33 % of the parameters and 33 % of the arithmetic" in text
+    line = inspect.getsourcelines(Deciding.forward)[1] + 2
+    assert "`0.inner` (Deciding) and 5 more of its kind: Python decides by what a" in text
+    assert f"{__file__}:{line}" in text
+    assert "hint: use `torch.where`" in text
+
+
+def test_only_those_of_a_kind_that_stop_the_exporter_stay_whole() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self, decides: bool) -> None:
+            super().__init__()
+            self.decides, self.layer = decides, nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * 2 if self.decides and x.sum() > 1e9 else self.layer(x)
+
+    model = nn.Sequential(*(Sometimes(decides) for decides in (False, True, False, True)))
+    graph = captured_graph(model, torch.randn(6, 8))
+    assert [node["module"] for node in _opaque(graph)] == ["1", "3"]

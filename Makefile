@@ -62,7 +62,8 @@ test-rust:
 	cargo test --workspace --all-features --doc --quiet
 
 test-python: build
-	$(bin)/python -m pytest -m "not slow"
+	$(bin)/python -m pytest -m "not slow" -n 2 tests/null
+	$(bin)/python -m pytest -m "not slow" --ignore tests/null
 
 stubtest: build ## check that _core.pyi says what the core has
 	$(bin)/python -m mypy.stubtest pyrannc._core

@@ -36,14 +36,13 @@ ROWS = {
     4: ((4, 4, 4, 4), (3, 1, 2, 1), (1, 2, 3, 4), (4, 0, 1, 2)),
 }
 SCRIPTS = {
+    "mixed": "add0 keep1 keep2 add3 step add0 step",
     "once_at_the_end": "keep0 keep1 add2 step zero keep1 add3 step",
     "every_backward": "add0 add1 step zero add2 add3 step",
-    "mixed": "add0 keep1 keep2 add3 step add0 step",
     "explicit": "keep0 keep1 allreduce keep2 allreduce step",
     "as_the_original": "delay add0 add1 allreduce step zero add2 undelay add3 step",
     "zeroed": "keep0 zero keep1 add2 step zero keep3 zero add0 step",
 }
-QUICK = ("mixed", "explicit", "zeroed")
 ONE_STAGE = {1: ((0,),), 2: ((0, 1),), 4: ((0, 1, 2, 3),)}
 
 
@@ -136,10 +135,7 @@ def check(pools: Pools, name: str, setup: Setup, script: str, folder: Path) -> N
 
 @pytest.mark.parametrize(
     "script",
-    [
-        pytest.param(script, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name, script in SCRIPTS.items()
-    ],
+    [pytest.param(script, id=name) for name, script in SCRIPTS.items()],
 )
 def test_unequal_replicas_and_a_tied_parameter(pools: Pools, script: str, tmp_path: Path) -> None:
     setup = Setup(ROWS[4], microbatches=3, stage_ranks=((0,), (1, 2, 3)))
@@ -151,7 +147,7 @@ def test_unequal_replicas_and_a_tied_parameter(pools: Pools, script: str, tmp_pa
     [
         ("mixed", "1f1b"),
         ("as_the_original", "fill_drain"),
-        pytest.param("as_the_original", "1f1b", marks=pytest.mark.slow),
+        ("as_the_original", "1f1b"),
     ],
 )
 def test_a_model_that_returns_its_loss(
@@ -161,7 +157,7 @@ def test_a_model_that_returns_its_loss(
     check(pools, "gpt", setup, SCRIPTS[script], tmp_path)
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2])
 def test_one_stage(pools: Pools, world: int, tmp_path: Path) -> None:
     setup = Setup(ROWS[world], microbatches=2, stage_ranks=ONE_STAGE[world])
     check(pools, "gpt", setup, SCRIPTS["mixed"], tmp_path)
@@ -173,7 +169,7 @@ def test_one_stage(pools: Pools, world: int, tmp_path: Path) -> None:
         ("mixed", "gpt", ((0, 1),), "optimizer"),
         ("explicit", "shared_embedding", ((0,), (1, 2, 3)), "parameters"),  # and whole ones
         *(
-            pytest.param(script, name, stage_ranks, level, marks=pytest.mark.slow)
+            (script, name, stage_ranks, level)
             for script, (name, stage_ranks), level in covering(
                 list(SCRIPTS),
                 [

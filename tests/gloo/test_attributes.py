@@ -109,21 +109,11 @@ def anneal(kind: type[nn.Module], layout: Layout, folder: str) -> None:
     assert model.seen is None
 
 
-LAYOUTS: list[Layout] = [((0,),), ((0,), (1,)), ((0, 1),), ((0,), (1, 2, 3))]
+LAYOUTS: list[Layout] = [((0,), (1,)), ((0,),), ((0,), (1, 2, 3)), ((0, 1),)]
 
 
-def in_layouts(quick: dict[type[nn.Module], Layout], layouts: list[Layout]) -> list[Any]:
-    """Each kind in each layout; in one of them among the quick tests."""
-    return [
-        pytest.param(kind, layout, marks=[] if layout == quick[kind] else pytest.mark.slow)
-        for kind in quick
-        for layout in layouts
-    ]
-
-
-@pytest.mark.parametrize(
-    ("kind", "layout"), in_layouts({Annealed: LAYOUTS[1], Hidden: LAYOUTS[2]}, LAYOUTS), ids=str
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("kind", [Annealed, Hidden])
 def test_attributes_change_as_without_rannc(
     pools: Pools, kind: type[nn.Module], layout: Layout, tmp_path: Path
 ) -> None:
@@ -248,11 +238,8 @@ def count_and_set(kind: type[nn.Module], layout: Layout, folder: str) -> None:
     assert kept == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    in_layouts({Noting: LAYOUTS[1], NotingWhole: LAYOUTS[3]}, [*LAYOUTS[:2], LAYOUTS[3]]),
-    ids=str,
-)
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
+@pytest.mark.parametrize("kind", [Noting, NotingWhole])
 def test_settings_and_counters_in_containers_and_objects(
     pools: Pools, kind: type[nn.Module], layout: Layout, tmp_path: Path
 ) -> None:

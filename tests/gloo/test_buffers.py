@@ -265,7 +265,8 @@ def test_buffers_are_those_of_one_device(pools: Pools, name: str, way: Any, tmp_
     "way",
     [
         *WAYS[2:],
-        *(pytest.param(way, marks=pytest.mark.slow) for way in (WAYS[1], *MORE_WAYS[:2])),
+        WAYS[1],
+        *MORE_WAYS[:2],
     ],
     ids=str,
 )
@@ -281,10 +282,7 @@ def test_computing_again_changes_no_buffer(
     ("name", "way"),
     [
         ("whole", WAYS[3]),
-        *(
-            pytest.param("whole", way, marks=pytest.mark.slow)
-            for way in (WAYS[1], TWO_BY_TWO, *MORE_WAYS[:3])
-        ),
+        *(("whole", way) for way in (WAYS[1], TWO_BY_TWO, *MORE_WAYS[:3])),
         ("cumulative", (((0,), (1,)), ((4, 4), (2, 1), (1, 3)), 1)),
     ],
 )
@@ -299,8 +297,9 @@ def test_buffers_of_parts_that_run_as_they_are(
     ("name", "way"),
     [
         ("first", WAYS[2]),
-        *(pytest.param("first", way, marks=pytest.mark.slow) for way in (TWO_BY_TWO, MORE_WAYS[1])),
-        pytest.param("whole", TWO_BY_TWO, marks=pytest.mark.slow),
+        ("first", TWO_BY_TWO),
+        ("first", MORE_WAYS[1]),
+        ("whole", TWO_BY_TWO),
     ],
     ids=str,
 )
@@ -377,7 +376,7 @@ def test_synchronised_norms_compute_again_together(pools: Pools, tmp_path: Any) 
     ("ranks", "rows"),
     [
         (((0, 1),), (4, 3)),
-        *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_SYNC_WAYS[:2]),
+        *MORE_SYNC_WAYS[:2],
     ],
     ids=str,
 )
@@ -522,7 +521,7 @@ MORE_TRAINED: list[tuple[type[nn.Module], Ranks, tuple[int, ...]]] = [
 
 @pytest.mark.parametrize(
     ("inner", "ranks", "rows"),
-    [*TRAINED, *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_TRAINED)],
+    [*TRAINED, *MORE_TRAINED],
 )
 def test_computing_again_among_forwards_is_the_same(
     inner: type[nn.Module], ranks: Ranks, rows: tuple[int, ...], pools: Pools, tmp_path: Any

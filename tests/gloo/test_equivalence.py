@@ -90,9 +90,10 @@ MOST_STAGES = {
 }
 
 
-BY_HAND = ["fork_join", "shared_input", "shared_embedding", "gpt", "recurrent", "masked_loss"]
+BY_HAND = ["gpt", "fork_join", "shared_input", "shared_embedding", "recurrent", "masked_loss"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("chosen", "setup"),
     [
@@ -146,13 +147,11 @@ UNEQUAL_REPLICAS = [
     ((0,), (1, 2)),
     ((3,), (0, 2)),
 ]
-QUICK_BY_HAND = [("gpt", ranks, 3) for ranks in UNEQUAL_REPLICAS]
-SLOW_BY_HAND = covering(BY_HAND, UNEQUAL_REPLICAS, [1, 3], besides=QUICK_BY_HAND)
 
 
 @pytest.mark.parametrize(
     ("name", "stage_ranks", "microbatches"),
-    [*QUICK_BY_HAND, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW_BY_HAND)],
+    covering(BY_HAND, UNEQUAL_REPLICAS, [3, 1]),
     ids=str,
 )
 def test_deployments_by_hand_with_unequal_replicas(

@@ -360,8 +360,8 @@ def mix_in_one_mode(module: type[Mixing], stages: int, microbatches: int) -> Non
         (2, MixingInEvaluation, 1, 2),
         (2, MixingInEvaluation, 2, 3),
         (2, MixingInTraining, 2, 1),
-        pytest.param(4, MixingInEvaluation, 2, 2, marks=pytest.mark.slow),
-        pytest.param(4, MixingInEvaluation, 1, 1, marks=pytest.mark.slow),
+        (4, MixingInEvaluation, 2, 2),
+        (4, MixingInEvaluation, 1, 1),
     ],
 )
 def test_a_batch_stays_whole_in_the_mode_that_needs_it(

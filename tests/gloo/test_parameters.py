@@ -145,8 +145,8 @@ def train(kind: str, layout: Layout, microbatches: int, folder: str) -> Any:
     return gradients, result
 
 
-QUICK_LAYOUTS: list[tuple[Layout, int]] = [(((0,), (1,)), 2)]
 LAYOUTS: list[tuple[Layout, int]] = [
+    (((0,), (1,)), 2),
     (((0,),), 1),
     (((0,),), 3),
     (((0, 1),), 2),
@@ -160,7 +160,7 @@ LAYOUTS: list[tuple[Layout, int]] = [
 
 @pytest.mark.parametrize(
     ("layout", "microbatches"),
-    [*QUICK_LAYOUTS, *(pytest.param(*way, marks=pytest.mark.slow) for way in LAYOUTS)],
+    LAYOUTS,
     ids=str,
 )
 @pytest.mark.parametrize("kind", CHANGES)
@@ -373,7 +373,7 @@ def add_groups(stages: int) -> None:
 
 @pytest.mark.parametrize(
     ("world", "stages"),
-    [(2, 2), *(pytest.param(*w, marks=pytest.mark.slow) for w in [(1, 1), (2, 1), (4, 2), (4, 3)])],
+    [(2, 2), (1, 1), (2, 1), (4, 2), (4, 3)],
 )
 def test_parameter_groups_are_added_later(pools: Pools, world: int, stages: int) -> None:
     pools.run(world, add_groups, stages)

@@ -114,7 +114,7 @@ def size(tensor: torch.Tensor | None) -> float:
     return float(tensor.double().norm())
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("fill_drain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["1f1b", "fill_drain"])
 def test_one_part_is_cast_as_on_one_device(pools: Pools, schedule: str, tmp_path: Path) -> None:
     setup = Setup(ROWS[2], 0, 1, stage_ranks=((0,), (1,)), schedule=schedule, recompute=5)
     check_casts(pools, setup, tmp_path)
@@ -125,12 +125,12 @@ def test_one_part_is_cast_as_on_one_device(pools: Pools, schedule: str, tmp_path
     ("stage_ranks", "microbatches", "schedule"),
     [
         (((0,), (1, 2, 3)), 3, "1f1b"),
-        pytest.param(((0,), (1,)), 4, "fill_drain", marks=pytest.mark.slow),
-        pytest.param(((0,), (1,)), 4, "1f1b", marks=pytest.mark.slow),
-        pytest.param(((0,),), 4, "1f1b", marks=pytest.mark.slow),
-        pytest.param(((0, 1),), 1, "fill_drain", marks=pytest.mark.slow),
-        pytest.param(((0, 1), (2, 3)), 2, "1f1b", marks=pytest.mark.slow),
-        pytest.param(((0, 1, 2), (3,)), 2, "fill_drain", marks=pytest.mark.slow),
+        (((0,), (1,)), 4, "fill_drain"),
+        (((0,), (1,)), 4, "1f1b"),
+        (((0,),), 4, "1f1b"),
+        (((0, 1),), 1, "fill_drain"),
+        (((0, 1), (2, 3)), 2, "1f1b"),
+        (((0, 1, 2), (3,)), 2, "fill_drain"),
     ],
     ids=str,
 )
@@ -192,9 +192,9 @@ def islands(schedule: str, kind: str) -> None:
     ("schedule", "kind"),
     [
         ("1f1b", "autocast"),
-        pytest.param("1f1b", "none", marks=pytest.mark.slow),
-        pytest.param("fill_drain", "autocast", marks=pytest.mark.slow),
-        pytest.param("fill_drain", "none", marks=pytest.mark.slow),
+        ("1f1b", "none"),
+        ("fill_drain", "autocast"),
+        ("fill_drain", "none"),
     ],
 )
 def test_regions_inside_the_model(pools: Pools, schedule: str, kind: str) -> None:
@@ -360,7 +360,7 @@ def check_scaled(pools: Pools, world: int, way: Way, folder: Path) -> None:
         assert (records[0].state[name] - tensor).norm() <= HALF * tensor.norm(), name
 
 
-QUICK = [
+FIRST_WAYS = [
     (2, Way()),
     (2, Way(schedule="fill_drain", clipped="torch")),
     (3, Way(frozen=True, clipped="torch")),
@@ -369,7 +369,7 @@ QUICK = [
     (4, Way(sharding="parameters", clipped="torch")),
 ]
 SCHEDULES = ["fill_drain", "1f1b"]
-SLOW = [
+MORE_WAYS = [
     *(
         (world, Way(stages, microbatches, schedule, optimizer, clipped=clipped))
         for world, stages, microbatches, schedule, (optimizer, clipped) in covering(
@@ -396,7 +396,7 @@ SLOW = [
 
 @pytest.mark.parametrize(
     ("world", "way"),
-    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW if way not in QUICK)],
+    [*FIRST_WAYS, *(way for way in MORE_WAYS if way not in FIRST_WAYS)],
     ids=str,
 )
 def test_one_scale_on_all_ranks(pools: Pools, world: int, way: Way, tmp_path: Path) -> None:

@@ -29,14 +29,9 @@ pytestmark = [pytest.mark.gloo]
 
 WHOLE_STAGE = 10_000
 LAYOUTS = [
-    ((0,),), ((0,), (1, 2, 3)),
+    ((0,), (1, 2, 3)), ((0,),),
     ((0,), (1,)), ((0, 1),), ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,)),
 ]  # fmt: skip
-QUICK = [
-    (layout, schedule, recompute)
-    for layout in LAYOUTS[:2]
-    for schedule, recompute in (("fill_drain", 5), ("1f1b", WHOLE_STAGE))
-]
 
 
 def setup(
@@ -46,12 +41,9 @@ def setup(
     return Setup(ROWS[world], 0, microbatches, stage_ranks=layout, recompute=recompute, **options)
 
 
-SLOW = covering(LAYOUTS, ["fill_drain", "1f1b"], [5, WHOLE_STAGE], besides=QUICK)
-
-
 @pytest.mark.parametrize(
     ("layout", "schedule", "recompute"),
-    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
+    covering(LAYOUTS, ["fill_drain", "1f1b"], [5, WHOLE_STAGE]),
     ids=str,
 )
 def test_a_loss_is_the_same(
@@ -69,10 +61,10 @@ def test_a_loss_is_the_same(
     [
         "fork_join",
         "shared_embedding",
-        pytest.param("recurrent", marks=pytest.mark.slow),
+        "recurrent",
         "masked_loss",
         "skips",
-        pytest.param("dict_in_out", marks=pytest.mark.slow),
+        "dict_in_out",
     ],
 )
 def test_other_models_are_the_same(pools: Pools, name: str, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ pytestmark = [pytest.mark.gloo]
 CONFIG = pyrannc.Config(
     partition_num=1, pipeline_num=1, measure=False, profile_cache_dir="off", timeout_s=40
 )
-LEVELS = ("optimizer", "gradients", "parameters")
+LEVELS = ("parameters", "gradients", "optimizer")
 ONE_STAGE: list[Layout] = [((0, 1),), ((0, 1, 2, 3),)]
-TWO_STAGES: list[Layout] = [((0, 1), (2, 3)), ((0,), (1, 2, 3)), ((0, 1, 2), (3,))]
+TWO_STAGES: list[Layout] = [((0,), (1, 2, 3)), ((0, 1), (2, 3)), ((0, 1, 2), (3,))]
 
 
 def setup(layout: Layout, level: str, microbatches: int = 1, **options: Any) -> Setup:
@@ -40,17 +40,9 @@ def setup(layout: Layout, level: str, microbatches: int = 1, **options: Any) -> 
     return Setup(ROWS[world], 0, microbatches, stage_ranks=layout, sharding=level, **options)
 
 
-QUICK = [
-    (layout, level, microbatches)
-    for layout, microbatches in [(((0, 1),), 1), (((0,), (1, 2, 3)), 3)]
-    for level in LEVELS
-]
-SLOW = covering([*ONE_STAGE, *TWO_STAGES], LEVELS, [1, 3], besides=QUICK)
-
-
 @pytest.mark.parametrize(
     ("layout", "level", "microbatches"),
-    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
+    covering([*TWO_STAGES, *ONE_STAGE], LEVELS, [3, 1]),
     ids=str,
 )
 def test_a_loss_is_the_same(
@@ -59,26 +51,18 @@ def test_a_loss_is_the_same(
     check(pools, case("gpt"), setup(layout, level, microbatches), tmp_path)
 
 
-def at_levels(ways: Iterable[Any]) -> list[Any]:
-    """Each way at each level; at one of them, in turn, among the quick tests."""
-    return [
-        pytest.param(way, level, marks=[] if level == LEVELS[number % 3] else pytest.mark.slow)
-        for number, way in enumerate(ways)
-        for level in LEVELS
-    ]
-
-
-@pytest.mark.parametrize(("optimizer", "level"), at_levels(OPTIMIZERS))
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer(pools: Pools, optimizer: str, level: str, tmp_path: Path) -> None:
     chosen = setup(((0, 1),), level, 2, optimizer=optimizer)
     check(pools, case("fork_join"), chosen, tmp_path)
 
 
 OTHERS: list[tuple[str, Layout, dict[str, Any]]] = [
+    ("gpt", ((0, 1), (1, 2)), {"schedule": "1f1b", "shares": ((3, 1), (1, 2))}),
+    ("gpt", ((0, 1),), {"recompute": 5}),
     ("masked_loss", ((0, 1, 2),), {"schedule": "1f1b"}),
     ("shared_embedding", ((0, 1), (0, 1)), {}),  # the embedding is of both stages
-    ("gpt", ((0, 1),), {"recompute": 5}),
-    ("gpt", ((0, 1), (1, 2)), {"schedule": "1f1b", "shares": ((3, 1), (1, 2))}),
     ("small_param", ((0, 1),), {}),  # parameters of one entry
     ("recurrent", ((0, 1),), {}),
     ("dict_in_out", ((0, 1), (2, 3)), {}),
@@ -86,7 +70,8 @@ OTHERS: list[tuple[str, Layout, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("other", "level"), at_levels(OTHERS), ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_other_models_are_the_same(
     pools: Pools, other: tuple[str, Layout, dict[str, Any]], level: str, tmp_path: Path
 ) -> None:
@@ -249,7 +234,8 @@ def change_by_hand(layout: Layout, level: str, folder: str) -> None:
     wrapped.undeploy()
 
 
-@pytest.mark.parametrize(("layout", "level"), at_levels([((0, 1),), ((0, 1), (2, 3))]), ids=str)
+@pytest.mark.parametrize("layout", [((0, 1),), ((0, 1), (2, 3))], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
 def test_values_may_be_changed_by_hand(
     pools: Pools, layout: Layout, level: str, tmp_path: Path
 ) -> None:
@@ -315,9 +301,9 @@ def part(layout: Layout, level: str, fused: bool, folder: str) -> None:
     ("layout", "fused"),
     [
         (((0, 1, 2),), False),
-        pytest.param(((0, 1, 2),), True, marks=pytest.mark.slow),
-        pytest.param(((0,), (1, 2)), False, marks=pytest.mark.slow),
-        pytest.param(((0, 1), (1, 2)), True, marks=pytest.mark.slow),
+        (((0, 1, 2),), True),
+        (((0,), (1, 2)), False),
+        (((0, 1), (1, 2)), True),
     ],
     ids=str,
 )

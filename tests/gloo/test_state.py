@@ -205,12 +205,12 @@ ONE, TWO, FOUR = ((0,),), ((0,), (1,)), ((0,), (1,), (2,), (3,))
 REPLICAS, UNEQUAL, THREE = ((0, 1),), ((0,), (1, 2, 3)), ((0, 1, 2), (3,))
 ALL = ((0, 1, 2, 3),)
 
-QUICK = [
+FIRST_WAYS = [
     ("adam", TWO, REPLICAS, "after"),
     ("named_sgd", UNEQUAL, TWO, "before"),
     ("adam", REPLICAS, UNEQUAL, "before on rank 0"),
 ]
-SLOW = [
+MORE_WAYS = [
     (optimizer, first, second, when)
     for optimizer, (first, second), when in covering(
         list(OPTIMIZERS),
@@ -225,7 +225,7 @@ SLOW = [
 
 @pytest.mark.parametrize(
     ("optimizer", "first", "second", "when"),
-    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
+    [*FIRST_WAYS, *MORE_WAYS],
     ids=str,
 )
 def test_training_goes_on_under_another_plan(
@@ -239,20 +239,15 @@ def test_training_goes_on_under_another_plan(
     [
         ("adam", ((0, 1, 2),), ((0,), (1, 2)), "after", ("optimizer", "optimizer")),
         ("adam", ONE, ALL, "before", ("none", "parameters")),
-        *(
-            pytest.param(*way, marks=pytest.mark.slow)
-            for way in [
-                ("adam", UNEQUAL, THREE, "before", ("optimizer", "optimizer")),
-                ("named_sgd", THREE, UNEQUAL, "after", ("optimizer", "gradients")),
-                ("adam", UNEQUAL, TWO, "before on rank 0", ("optimizer", "none")),
-                ("adam", ONE, ALL, "after", ("none", "optimizer")),
-                ("named_sgd", ONE, ALL, "before on rank 0", ("none", "gradients")),
-                ("adam", ALL, REPLICAS, "after", ("parameters", "optimizer")),
-                ("named_sgd", ALL, REPLICAS, "before", ("gradients", "parameters")),
-                ("adam", ALL, TWO, "before on rank 0", ("parameters", "none")),
-                ("adam", THREE, ALL, "after", ("parameters", "parameters")),
-            ]
-        ),
+        ("adam", UNEQUAL, THREE, "before", ("optimizer", "optimizer")),
+        ("named_sgd", THREE, UNEQUAL, "after", ("optimizer", "gradients")),
+        ("adam", UNEQUAL, TWO, "before on rank 0", ("optimizer", "none")),
+        ("adam", ONE, ALL, "after", ("none", "optimizer")),
+        ("named_sgd", ONE, ALL, "before on rank 0", ("none", "gradients")),
+        ("adam", ALL, REPLICAS, "after", ("parameters", "optimizer")),
+        ("named_sgd", ALL, REPLICAS, "before", ("gradients", "parameters")),
+        ("adam", ALL, TWO, "before on rank 0", ("parameters", "none")),
+        ("adam", THREE, ALL, "after", ("parameters", "parameters")),
     ],
     ids=str,
 )

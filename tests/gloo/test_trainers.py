@@ -206,13 +206,13 @@ def tag(
     return logged, {name: tensor.clone() for name, tensor in state.items()}
 
 
-QUICK = [("accumulating", 2, 2), ("computed", 1, 2)]
-SLOW = covering(list(OPTIONS), [1, 2], [2, 4], besides=QUICK)
+FIRST_WAYS = [("accumulating", 2, 2), ("computed", 1, 2)]
+MORE_WAYS = covering(list(OPTIONS), [1, 2], [2, 4], besides=FIRST_WAYS)
 
 
 @pytest.mark.parametrize(
     ("name", "stages", "world"),
-    [*QUICK, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
+    [*FIRST_WAYS, *MORE_WAYS],
 )
 def test_hugging_face_options(
     name: str, stages: int, world: int, pools: Pools, tmp_path: Path
@@ -232,18 +232,16 @@ def test_hugging_face_options(
 
 
 RESUMES = [
-    ((2, 1), (2, 2), ()),
-    *(
-        (*way, (pytest.mark.slow,))
-        for way in (((2, 2), (1, 0)), ((1, 0), (2, 1)), ((1, 0), (4, 2)), ((4, 1), (2, 2)))
-    ),
+    ((2, 1), (2, 2)),
+    ((2, 2), (1, 0)),
+    ((1, 0), (2, 1)),
+    ((1, 0), (4, 2)),
+    ((4, 1), (2, 2)),
 ]
 """Processes and stages, of which 0 are a plain trainer, before and after the interruption."""
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [pytest.param(*way, marks=marks) for *way, marks in RESUMES], ids=str
-)
+@pytest.mark.parametrize(("before", "after"), RESUMES, ids=str)
 def test_hugging_face_resumes(
     before: tuple[int, int], after: tuple[int, int], pools: Pools, tmp_path: Path
 ) -> None:
@@ -402,9 +400,7 @@ def run(pools: Pools, world: int, stages: int, folder: Path, **options: Any) -> 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # that the folder has changed
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning's own calls of PyTorch
-@pytest.mark.parametrize(
-    ("before", "after"), [pytest.param(*way, marks=marks) for *way, marks in RESUMES], ids=str
-)
+@pytest.mark.parametrize(("before", "after"), RESUMES, ids=str)
 def test_lightning_resumes(
     before: tuple[int, int], after: tuple[int, int], pools: Pools, tmp_path: Path
 ) -> None:
@@ -416,11 +412,12 @@ def test_lightning_resumes(
     torch.testing.assert_close(found, state, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("world", "stages"),
-    [pytest.param(*way, marks=pytest.mark.slow) for way in ((2, 2), (4, 1))],
+    [(2, 2), (4, 1)],
     ids=str,
 )
 def test_lightning_in_bfloat16(world: int, stages: int, pools: Pools, tmp_path: Path) -> None:

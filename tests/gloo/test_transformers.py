@@ -156,7 +156,7 @@ def train(name: str) -> None:
 @pytest.mark.parametrize(
     # The balance of Switch's experts is a mean over rows, which needs no statement.
     "name",
-    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "switch"))],
+    ["gpt2", "bert", "switch"],
 )
 def test_a_model_of_transformers_trains_in_two_stages(pools: Pools, name: str) -> None:
     pools.run(2, train, name, seconds=200)
@@ -227,8 +227,8 @@ def test_a_balance_of_experts_without_a_statement(pools: Pools) -> None:
     ("stages", "parts", "reduction"),
     [
         (2, [[0, 1, 4], [2, 3, 5]], {"aux_loss": "mean"}),
-        pytest.param(2, [[0, 1, 4], [2, 3, 5]], "mean", marks=pytest.mark.slow),
-        pytest.param(1, [[0, 1], [2, 3], [4], [5]], {"aux_loss": "mean"}, marks=pytest.mark.slow),
+        (2, [[0, 1, 4], [2, 3, 5]], "mean"),
+        (1, [[0, 1], [2, 3], [4], [5]], {"aux_loss": "mean"}),
     ],
     ids=str,
 )

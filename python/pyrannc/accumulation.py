@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .errors import RaNNCError
 from .executor import Step
 from .meeting import meet
+from .remote import local_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -125,7 +126,7 @@ class Accumulation:
         ]
         step = Step(0, (), training=True)
         for name in present:
-            gradient = self.parameters[name].grad
+            gradient = local_gradient(self.parameters[name])
             if gradient is not None:
                 step.gradients[name] = gradient
         executor = dataclasses.replace(waiting.executor, groups=groups)
@@ -207,7 +208,7 @@ class Accumulation:
     def _present_anywhere(self, names: list[str]) -> set[str]:
         """Those of which some rank has a gradient."""
         present = torch.tensor(
-            [int(self.parameters[name].grad is not None) for name in names],
+            [int(local_gradient(self.parameters[name]) is not None) for name in names],
             device=self.comm.device,
         )
         with self.comm.guard("comparing which gradients accumulated"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _checkpoints, _core, elsewhere, guards, planning, state, streams
+from . import _checkpoints, _core, guards, planning, remote, state, streams
 from ._common import CommonValues
 from ._first_call import is_unfinished, settle
 from ._form import Form
@@ -109,7 +109,7 @@ class Deployment:
         self.whole_optimizer: WholeOptimizer | None = None
         if optimizer is not None:
             self.whole_optimizer = WholeOptimizer.of(optimizer, self.parameters)
-        self._elsewhere: list[torch.nn.Parameter] = []
+        self._remote: dict[str, torch.nn.Parameter] = {}
         self._whole: set[int] = set()
         self._settled = False
         self._warned: set[str] = set()
@@ -210,9 +210,9 @@ class Deployment:
 
     def _leave_to_holders(self, name: str, parameter: torch.nn.Parameter) -> None:
         if not self.holders.is_local(name):
-            elsewhere.take_away(parameter)
+            remote.free_storage(parameter, name)
             parameter.grad = None
-            self._elsewhere.append(parameter)
+            self._remote[name] = parameter
 
     def _divide(self, placement: _core.Placement) -> None:
         """Makes parameters that replicas divide this rank's part of them."""
@@ -308,7 +308,7 @@ class Deployment:
         self.comm.create_groups([stage.ranks for stage in placement.stages])
 
     def _check_holders(self, placement: _core.Placement) -> None:
-        """Refuses a variant in which a rank would need parameters that are elsewhere."""
+        """Refuses a variant in which a rank would need parameters that others hold."""
         trained = {n: r for n, r in placement.holders.items() if n in self.parameters}
         beyond = holders_beyond(trained, self.holders.ranks)
         if beyond:
@@ -448,7 +448,7 @@ class Deployment:
 
     @contextlib.contextmanager
     def _materialized(self) -> Iterator[None]:
-        """Gives parameters that live elsewhere memory for a capture, which reads their shapes.
+        """Gives parameters of other ranks memory for a capture, which reads their shapes.
 
         Capture runs the submodules that it cannot look into; for those it gets the values too.
         """
@@ -458,13 +458,13 @@ class Deployment:
                 continue
             full = self.holders.everywhere(name, parameter, parameter) if needs_values else None
             if not self.holders.is_local(name):
-                elsewhere.bring_back(parameter, full)
+                remote.restore_storage(parameter, full)
         try:
             with self.sharding.whole(), self.sharding.shaped(values=needs_values):
                 yield
         finally:
-            for parameter in self._elsewhere:
-                elsewhere.take_away(parameter)
+            for name, parameter in self._remote.items():
+                remote.free_storage(parameter, name)
 
     def close(self) -> None:
         """Leaves the other ranks. Local parameters keep their values, and are whole again."""
@@ -498,7 +498,7 @@ class Deployment:
     @property
     def whole_here(self) -> bool:
         """Whether this rank holds all of the model."""
-        return not self._elsewhere and not any(name in self.sharding for name in self.parameters)
+        return not self._remote and not any(name in self.sharding for name in self.parameters)
 
 
 def _repeat_rows(arguments: Any, rows: int | None, total: int) -> Any:

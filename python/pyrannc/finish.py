@@ -102,7 +102,7 @@ class Finish:
             self.runtime.accumulation.prepare(
                 self.step.gradients, self.variant.reduction, reduced=self.reduced
             )
-            self.runtime.publish(self.step.gradients, scale)
+            self.runtime.publish(self.step.gradients, scale, reached)
             if not self.arrival.delayed:
                 self.runtime.accumulation.reduce()
         return [

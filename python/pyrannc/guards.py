@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .elsewhere import ElsewhereParameter, refusal
+from .remote import RemoteParameter, refusal
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class _Guard(_Hook):
         own = dict(module.named_parameters(recurse=False))
         what = f"{self.path or 'the model'}.forward"
         for (_, parameter), name in zip(own.items(), self.names, strict=False):
-            if isinstance(parameter, ElsewhereParameter):
-                raise refusal(what, name)
+            if isinstance(parameter, RemoteParameter):
+                raise refusal(what, f"parameter `{name}`")
             if name in self.divided:
                 raise RaNNCError(
                     f"`{what}` needs the parameter `{name}`, which replicas divide among "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import elsewhere
+from . import remote
 from .errors import RaNNCError
 from .guards import lifted
 from .meeting import raise_together
@@ -160,18 +160,18 @@ def _replaced(
 ) -> Iterator[None]:
     """Gives tensors other values in the body."""
     own = {
-        name: None if isinstance(tensor, elsewhere.ElsewhereParameter) else tensor.data
+        name: None if isinstance(tensor, remote.RemoteParameter) else tensor.data
         for name, tensor in tensors.items()
     }
     try:
         for name, tensor in tensors.items():
-            elsewhere.bring_back(tensor, values[name])
+            remote.restore_storage(tensor, values[name])
         yield
     finally:
         for name, tensor in tensors.items():
             before = own[name]
             if before is None:
-                elsewhere.take_away(tensor)
+                remote.free_storage(tensor, name)
             else:
                 tensor.data = before
 

@@ -140,16 +140,20 @@ class RaNNCModule(Wrapper):
         recurse: bool = True,  # noqa: FBT001 - torch's signature
         remove_duplicate: bool = True,  # noqa: FBT001 - torch's signature
         *,
-        from_global: bool = False,
+        from_global: bool = True,
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Names, as in the bare model, and parameters that this process holds.
+        """Names, as in the bare model, and all parameters.
+
+        Those that other processes hold have shape, type and ``requires_grad``. What writes into
+        them is left to the processes that hold them; what reads their values, or those of their
+        gradients, is an error: :meth:`get_param`, :meth:`get_param_grad` and
+        :meth:`calc_grad_norm` bring them.
 
         Args:
             prefix: put before each name.
             recurse: as in ``nn.Module``.
             remove_duplicate: as in ``nn.Module``.
-            from_global: also those that other processes hold. Of these only shape and type can be
-                read here; :meth:`get_param` brings the values.
+            from_global: ``False`` for the parameters that this process holds.
         """
         local = {id(p) for p in self._runtime.local_parameters().values()}
         for name, parameter in self.model.named_parameters(prefix, recurse, remove_duplicate):
@@ -160,9 +164,9 @@ class RaNNCModule(Wrapper):
         self,
         recurse: bool = True,  # noqa: FBT001 - torch's signature
         *,
-        from_global: bool = False,
+        from_global: bool = True,
     ) -> Iterator[torch.nn.Parameter]:
-        """The parameters that this process holds; see :meth:`named_parameters`."""
+        """All parameters, or those that this process holds; see :meth:`named_parameters`."""
         for _, parameter in self.named_parameters(recurse=recurse, from_global=from_global):
             yield parameter
 

@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad
 
 from . import meeting
 from .errors import RaNNCError
+from .remote import RemoteParameter, local_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -113,7 +114,7 @@ class GradientNorm:
         """
         chosen = self._names(names)
         norm = self.total(norm_type, error_if_nonfinite=error_if_nonfinite, names=chosen)
-        parameters = [self.parameters[name] for name in chosen]
+        parameters = [self.parameters[name] for name in chosen if self.holders.is_local(name)]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
@@ -133,9 +134,29 @@ class GradientNorm:
         """Ends :meth:`watch`."""
         _watched.discard(self)
 
-    def own_gradients(self) -> set[int]:
-        """The identities of this rank's gradients."""
-        return {id(p.grad) for p in self.parameters.values() if p.grad is not None}
+    def gradients(self, *, remote: bool) -> set[int]:
+        """The identities of this rank's gradients, or of those that others have."""
+        return {
+            id(p.grad)
+            for p in self.parameters.values()
+            if p.grad is not None and isinstance(p, RemoteParameter) == remote
+        }
+
+    def has_any(self, identities: set[int]) -> bool:
+        """Whether gradients of this model are among tensors."""
+        return bool(identities & self._all_gradients())
+
+    def has_only(self, identities: set[int]) -> bool:
+        """Whether tensors are all gradients of this model."""
+        return identities <= self._all_gradients()
+
+    def has_all(self, identities: set[int]) -> bool:
+        """Whether all gradients of this rank are there, and all of the others or none of them."""
+        here = self.gradients(remote=False)
+        return here <= identities and identities - here in (set(), self.gradients(remote=True))
+
+    def _all_gradients(self) -> set[int]:
+        return self.gradients(remote=False) | self.gradients(remote=True)
 
     def _names(self, names: Iterable[str] | None) -> list[str]:
         return list(self.parameters if names is None else names)
@@ -143,12 +164,13 @@ class GradientNorm:
     def _counted(self, name: str) -> torch.Tensor | None:
         """What this rank counts of a gradient."""
         parameter = self.parameters[name]
-        if parameter.grad is None or parameter.grad.numel() == 0:
+        gradient = local_gradient(parameter)
+        if gradient is None or gradient.numel() == 0:
             return None
         numel = self.holders.shape(name, parameter).numel()
         pieces = self.holders.pieces(name, numel)
         first = any(piece.ranks[0] == self.comm.rank for piece in pieces)
-        return parameter.grad if first else None
+        return gradient if first else None
 
     @property
     def is_local(self) -> bool:
@@ -219,7 +241,7 @@ def _total_norm(
     if owner is None:
         norm: Any = _torch_total_norm(given, norm_type, error_if_nonfinite, foreach)
         return norm  # type: ignore[no-any-return]
-    incomplete = {id(tensor) for tensor in given} != owner.own_gradients()
+    incomplete = not owner.has_all({id(tensor) for tensor in given})
     return owner.total(norm_type, error_if_nonfinite=error_if_nonfinite, incomplete=incomplete)
 
 
@@ -228,13 +250,13 @@ def _owner(given: Sequence[torch.Tensor]) -> GradientNorm | None:
     identities = {id(tensor) for tensor in given}
     if not identities:
         return _owner_without_gradients()
-    known = [norm for norm in _watched if identities & norm.own_gradients()]
+    known = [norm for norm in _watched if norm.has_any(identities)]
     for norm in known:
         norm.accumulation.refuse("the norm of the gradients")
     owners = [norm for norm in known if not norm.is_local]
     if not owners:
         return None
-    if len(owners) > 1 or not identities <= owners[0].own_gradients():
+    if len(owners) > 1 or not owners[0].has_only(identities):
         raise RaNNCError(
             "PyTorch was asked for the norm of the gradients of several models together",
             hint="call `clip_grad_norm()` of each model",
@@ -244,7 +266,7 @@ def _owner(given: Sequence[torch.Tensor]) -> GradientNorm | None:
 
 def _owner_without_gradients() -> GradientNorm | None:
     """A rank that has nothing to train is asked about nothing, but the others wait for it."""
-    owners = [norm for norm in _watched if not (norm.is_local or norm.own_gradients())]
+    owners = [norm for norm in _watched if not (norm.is_local or norm.gradients(remote=False))]
     if len(owners) > 1:
         raise RaNNCError(
             "PyTorch was asked for the norm of no gradients, and several models have none here",

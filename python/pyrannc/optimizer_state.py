@@ -462,8 +462,7 @@ class WholeOptimizer:
             lines = "".join(f"\n  rank {rank}: {list(text)}" for rank, text in enumerate(told))
             return MismatchError(
                 f"the processes add different parameters to the optimizer:{lines}",
-                hint="after the first call `parameters()` has only this process's; give every "
-                "process the same of `named_parameters(from_global=True)`",
+                hint="give every process the same of `named_parameters()`",
             )
         if (problem := self._problem_of_foreign(group.parameters)) is not None:
             return problem

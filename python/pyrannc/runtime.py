@@ -24,11 +24,12 @@ from .errors import MismatchError, RaNNCError
 from .executor import Step
 from .finish import Finish, sources_of
 from .meeting import agree, digest, meet
+from .remote import mark_gradient
 from .scaling import LossScale
 from .variants import Kind, Mode, Variant
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +244,21 @@ class Runtime(Deployment):
         edge = torch.autograd.graph.get_gradient_edge(self._anchor)
         return torch._C._will_engine_execute_node(edge.node)
 
-    def publish(self, gradients: dict[str, torch.Tensor], scale: torch.Tensor | None) -> None:
-        """Moves a step's gradients to ``.grad``, as a backward of the bare model would."""
+    def publish(
+        self,
+        gradients: dict[str, torch.Tensor],
+        scale: torch.Tensor | None,
+        reached: Collection[str],
+    ) -> None:
+        """Moves a step's gradients to ``.grad``, as a backward of the bare model would.
+
+        Args:
+            gradients: those that this rank has, by name.
+            scale: what to multiply them with, if anything.
+            reached: the parameters that get a gradient on some rank.
+        """
+        for name in self._remote.keys() & reached:
+            mark_gradient(self._remote[name])
         for name in list(gradients):
             parameter, gradient = self.parameters[name], gradients.pop(name)
             if scale is not None:

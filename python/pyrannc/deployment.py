@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import logging
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, guards, planning, remote, state, streams
@@ -110,6 +112,7 @@ class Deployment:
         if optimizer is not None:
             self.whole_optimizer = WholeOptimizer.of(optimizer, self.parameters)
         self._remote: dict[str, torch.nn.Parameter] = {}
+        self._taken_on: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._whole: set[int] = set()
         self._settled = False
         self._warned: set[str] = set()
@@ -164,6 +167,7 @@ class Deployment:
             self._guards = guards.Guards(self.model, self.sharding)
         self.loss_scale = LossScale(self.comm, self.accumulation, self.optimizer)
         self.loss_scale.watch()
+        self._watch_optimizers()
         self.deployed = True
 
     def _capture_to_plan(
@@ -228,6 +232,32 @@ class Deployment:
                 if self.optimizer is not None:
                     keep_part(self.optimizer, parameter, division, self.comm.rank)
                 self.sharding.divide(name, parameter, division, level)
+
+    def _watch_optimizers(self) -> None:
+        """Takes on optimizers of this model that the wrapper was not given, when they step."""
+        if self.holders.are_all_everywhere:
+            return
+        this = weakref.ref(self)
+
+        def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            deployment = this()
+            if deployment is not None and not deployment.closed:
+                deployment._take_on(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before_step)
+        weakref.finalize(self, handle.remove)
+
+    def _take_on(self, optimizer: torch.optim.Optimizer) -> None:
+        own = {*self.parameters.values()}
+        trains = any(p in own for group in optimizer.param_groups for p in group["params"])
+        if optimizer is self.optimizer or not trains or optimizer in self._taken_on:
+            return
+        self._taken_on.add(optimizer)
+        check_parameter_wise(optimizer)
+        if self.divided:
+            check_element_wise(optimizer)
+            self.sharding.watch(optimizer)
+        WholeOptimizer.of(optimizer, self.parameters).adopt(self.holders, self.parameters)
 
     def _look_again(self) -> None:
         """Takes note of parameters and buffers that the model was given before its first call.

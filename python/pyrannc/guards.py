@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .remote import RemoteParameter, refusal
 from .errors import RaNNCError
+from .remote import RemoteParameter, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator

@@ -10,6 +10,9 @@ import hashlib
 import struct
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+from torch.utils import _pytree as pytree
+
 from .errors import ExecutionError, MismatchError
 
 if TYPE_CHECKING:
@@ -97,6 +100,31 @@ def agree(comm: Communicator, task: str, action: Callable[[], T]) -> T:
             f"could not {task} on {len(failed)} of {comm.world_size} ranks: " + "; ".join(failed)
         )
     return result  # type: ignore[return-value]
+
+
+def from_rank_zero(comm: Communicator, value: T) -> T:
+    """Rank 0's nested value on every rank, with its tensors on the CPU; collective.
+
+    Tensors travel one by one, so that no message has the size of them all.
+    """
+    leaves, structure = pytree.tree_flatten(value)
+    described = [
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+    ]
+    is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+    described, is_tensor, structure = comm.broadcast_object((described, is_tensor, structure))
+    received: list[object] = []
+    for index, (description, travels) in enumerate(zip(described, is_tensor, strict=True)):
+        if not travels:
+            received.append(description)
+            continue
+        shape, dtype = description
+        tensor = torch.empty(shape, dtype=dtype, device=comm.device)
+        if comm.rank == 0:
+            tensor.copy_(leaves[index].detach())
+        received.append(comm.broadcast(tensor, 0).cpu())
+    found: T = pytree.tree_unflatten(received, structure)
+    return found
 
 
 def digest(text: str) -> int:

@@ -16,11 +16,12 @@ import torch
 from . import remote
 from .errors import RaNNCError
 from .guards import lifted
-from .meeting import raise_together
+from .meeting import from_rank_zero, meet, raise_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from .comm import Communicator
     from .sharding import Sharding
     from .state import Holders
 
@@ -71,7 +72,9 @@ def load(
     *,
     strict: bool,
 ) -> Any:
-    """Takes this rank's part of a full state. Collective; all ranks pass the same.
+    """Takes this rank's part of a full state. Collective.
+
+    All ranks pass the same, or rank 0 passes it and others an empty one.
 
     Args:
         model: the user's.
@@ -91,13 +94,20 @@ def load(
     given: dict[int, torch.Tensor] = {}
     problem: Exception | None = None
     result = None
+    comm = holders.comm
+    filled = [
+        number > 0 for (number,) in meet(comm, "model.load_state_dict(...)", [_size(state_dict)])
+    ]
+    if filled[0] and not all(filled):
+        with comm.guard("sending rank 0's state to all processes"):
+            state_dict = _from_rank_zero(comm, state_dict)
     try:
-        _check(state_dict, holders.comm.rank)
+        _check(state_dict, comm.rank)
         with sharding.outlined():
             result, given = _assign(model, state_dict, strict=strict)
     except Exception as error:  # raised below, on all ranks
         problem = _without_trace(error)
-    raise_together(holders.comm, problem)
+    raise_together(comm, problem)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if id(tensor) in given and holders.is_local(name):
@@ -114,9 +124,24 @@ def _check(state_dict: Mapping[str, Any], rank: int) -> None:
     if not state_dict:
         raise RaNNCError(
             f"the model's state has nothing in it on rank {rank}",
-            hint="`state_dict()` gives the state to rank 0 only; save it there and load the file "
-            "on every process",
+            hint="`state_dict()` gives the state to rank 0: load it there, the other processes "
+            "with the empty dictionary that they got",
         )
+
+
+def _size(state_dict: object) -> int:
+    return len(state_dict) if isinstance(state_dict, dict) else 1
+
+
+def _from_rank_zero(comm: Communicator, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rank 0's state, with what tells of the versions of modules."""
+    values = dict(state_dict)
+    metadata = getattr(state_dict, "_metadata", None)
+    values, metadata = from_rank_zero(comm, (values, metadata))
+    received: OrderedDict[str, Any] = OrderedDict(values)
+    if metadata is not None:
+        received._metadata = metadata  # type: ignore[attr-defined]
+    return received
 
 
 def _assign(

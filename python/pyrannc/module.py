@@ -305,8 +305,9 @@ class RaNNCModule(Wrapper):
     ) -> Any:
         """Takes this process's part of a full state by the names of the bare model; collective.
 
-        Every process must pass the full state. Before the first call it is the bare model's, and
-        what rank 0 has at the first call counts. ``assign`` works only then.
+        Every process passes the full state, or rank 0 does and others an empty dictionary, such as
+        :meth:`state_dict` gives them. Before the first call it is the bare model's, and what rank 0
+        has at the first call counts. ``assign`` works only then.
 
         Raises:
             RuntimeError: when a shape differs, or names do not match and ``strict`` is set, as in
@@ -314,13 +315,14 @@ class RaNNCModule(Wrapper):
             RaNNCError: for ``assign`` after the first call.
         """
         if not self._runtime.deployed:
+            if not state_dict and self._runtime.comm.rank != 0:
+                strict = False  # rank 0's counts
             return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
         if assign:
             raise RaNNCError(
                 "`assign=True` would replace parameters that are already placed; leave it out"
             )
         runtime = self._runtime
-        meet(runtime.comm, "model.load_state_dict(...)")
         return model_state.load(
             self.model,
             runtime.holders,

@@ -9,6 +9,8 @@ rank. A whole state therefore goes from and to a plain optimizer of the bare mod
 
 from __future__ import annotations
 
+import enum
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,14 +18,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import MismatchError, RaNNCError
-from .meeting import digest, meet, raise_together
+from .meeting import digest, from_rank_zero, meet, raise_together
 from .optimizer import foreign_parameters, keep_local, state_part
+from .remote import RemoteParameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .comm import Communicator
     from .state import Division, Holders
+
+
+class _Kind(enum.IntEnum):
+    """Whose parameters an optimizer's state is of."""
+
+    EMPTY = 0  # nobody's
+    OWN = 1  # this process's
+    WHOLE = 2  # all processes', or somebody else's
+    EITHER = 3  # this process has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +81,9 @@ class WholeOptimizer:
         self._plain_state_dict = optimizer.state_dict
         self._plain_load_state_dict = optimizer.load_state_dict
         self._plain_add_param_group = optimizer.add_param_group
-        for name in ("state_dict", "load_state_dict", "add_param_group"):
+        self._plain_zero_grad = optimizer.zero_grad
+        self._said_partial = False
+        for name in ("state_dict", "load_state_dict", "add_param_group", "zero_grad"):
             setattr(optimizer, name, getattr(self, name))
 
     @classmethod
@@ -100,8 +114,9 @@ class WholeOptimizer:
             **kwargs: as the optimizer's class takes them.
         """
         if not from_global or self._groups is None:
+            self._say_partial()
             return self._plain_state_dict(*args, **kwargs)
-        comm = self._meet("optimizer.state_dict(from_global=True)")
+        comm, _ = self._meet("optimizer.state_dict(from_global=True)")
         with comm.guard("gathering the optimizer's state"):
             whole = self._gather(comm)
         if comm.rank != 0:
@@ -114,25 +129,31 @@ class WholeOptimizer:
         """Takes a state.
 
         Args:
-            state_dict: the state; every process passes the whole if ``from_global``.
+            state_dict: that of all parameters, on every process or on rank 0, with an empty one on
+                the others; or what :meth:`state_dict` gave this process. After the first call of
+                the model collective; before it, what rank 0 has at the first call counts.
             *args: as the optimizer's class takes them.
-            from_global: whether it is that of all parameters; this process takes its part then.
-                Collective. Before the first call of the model there is no difference, and what rank
-                0 has at the first call counts.
+            from_global: ``True`` to take no other state than that of all parameters.
             **kwargs: as the optimizer's class takes them.
 
         Raises:
             RaNNCError: when the state is not one for these parameters; nothing is changed then.
         """
-        if not from_global:
-            self._plain_load_state_dict(dict(state_dict), *args, **kwargs)
-            return
-        if self._groups is not None:
-            comm = self._meet("optimizer.load_state_dict(..., from_global=True)")
-            raise_together(comm, self._problem(state_dict))
-        elif (problem := self._problem(state_dict)) is not None:
-            raise problem
-        self._plain_load_state_dict(self._local(state_dict), *args, **kwargs)
+        if self._models or (from_global and self._groups is not None):
+            state_dict, whole = self._agreed(state_dict, from_global=from_global)
+        else:
+            whole = self._groups is None
+            if whole and (problem := self._problem(state_dict)) is not None:
+                raise problem
+        given = self._local(state_dict) if whole else dict(state_dict)
+        self._plain_load_state_dict(given, *args, **kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001 - torch's signature
+        """As in ``torch.optim``, also for what other processes train."""
+        self._plain_zero_grad(set_to_none)
+        for parameter in self._parameters() if set_to_none else ():
+            if isinstance(parameter, RemoteParameter):
+                parameter.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of any rank; every process must give the same ones. Collective.
@@ -144,7 +165,7 @@ class WholeOptimizer:
             self._plain_add_param_group(param_group)
             return
         group = _group_of(param_group)
-        comm = self._meet("optimizer.add_param_group(...)")
+        comm, _ = self._meet("optimizer.add_param_group(...)")
         told = comm.all_gather_objects([self._label(p) for p in group.parameters])
         raise_together(comm, self._problem_to_add(group, told))
         kept = [self._is_here(parameter) for parameter in group.parameters]
@@ -163,12 +184,27 @@ class WholeOptimizer:
             holders: who holds the model's parameters.
             names: the model's parameters by name.
         """
-        model = _Model(holders, {parameter: name for name, parameter in names.items()})
-        self._groups = self._layout()
-        self._models.append(model)
+        model = self._take_on(holders, names)
         with holders.comm.guard("sending rank 0's optimizer state to where its parameters are"):
             self._spread(model)
         self.keep_local()
+
+    def adopt(self, holders: Holders, names: Mapping[str, torch.nn.Parameter]) -> None:
+        """Leaves to this rank its parameters of a model that was deployed before, as they are.
+
+        Args:
+            holders: who holds the model's parameters.
+            names: the model's parameters by name.
+        """
+        if all(model.holders is not holders for model in self._models):
+            self._take_on(holders, names)
+            self.keep_local()
+
+    def _take_on(self, holders: Holders, names: Mapping[str, torch.nn.Parameter]) -> _Model:
+        model = _Model(holders, {parameter: name for name, parameter in names.items()})
+        self._groups = self._layout()
+        self._models.append(model)
+        return model
 
     def keep_local(self) -> None:
         """Leaves to this rank the parameters that it holds now."""
@@ -274,8 +310,12 @@ class WholeOptimizer:
     def _label(self, parameter: torch.Tensor) -> str:
         return self._names.get(parameter, f"another of shape {list(parameter.shape)}")
 
-    def _meet(self, call: str) -> Communicator:
-        """Makes sure that all ranks are here with the same parameters in the same order."""
+    def _meet(self, call: str, number: int = 0) -> tuple[Communicator, list[int]]:
+        """Makes sure that all ranks are here with the same parameters in the same order.
+
+        Returns:
+            The connections to them, and every rank's ``number``.
+        """
         if not self._models:
             raise RaNNCError(
                 f"`{call}` needs the other processes, which `undeploy` has left",
@@ -283,15 +323,15 @@ class WholeOptimizer:
             )
         comm = self._models[0].holders.comm
         labels = digest(str([[self._label(p) for p in g.parameters] for g in self._layout()]))
-        rows = meet(comm, call, [labels])
+        rows = meet(comm, call, [labels, number])
         problem = self._problem_of_groups()
-        if any(row != rows[0] for row in rows):
+        if any(others != labels for others, _ in rows):
             problem = MismatchError(
                 "the processes were given optimizers of different parameters",
                 hint="build the same optimizer on every process",
             )
         raise_together(comm, problem)
-        return comm
+        return comm, [other for _, other in rows]
 
     def _problem_of_groups(self) -> RaNNCError | None:
         """Whether someone changed the groups behind our back."""
@@ -395,7 +435,57 @@ class WholeOptimizer:
             for group, own in zip(optimizer.param_groups, own_groups, strict=True):
                 group.update(own)
 
+    def _say_partial(self) -> None:
+        if self._said_partial or all(
+            self._is_here(p) and self._division(p) is None for p in self._parameters()
+        ):
+            return
+        self._said_partial = True
+        warnings.warn(
+            "`optimizer.state_dict()` has the state of this process's parameters only; "
+            "`optimizer.state_dict(from_global=True)`, called on all processes, gives rank 0 that "
+            "of all parameters",
+            stacklevel=3,
+        )
+
     # ---- Loading
+
+    def _agreed(
+        self, state_dict: Mapping[str, Any], *, from_global: bool
+    ) -> tuple[Mapping[str, Any], bool]:
+        """The state that this process is to take, and whether it is that of all parameters.
+
+        Raises:
+            RaNNCError: when the processes do not have states that go together.
+        """
+        kind = self._kind(state_dict)
+        if from_global and kind != _Kind.EMPTY:
+            kind = _Kind.WHOLE
+        comm, kinds = self._meet("optimizer.load_state_dict(...)", kind)
+        if _Kind.EMPTY in kinds and kinds[0] in (_Kind.WHOLE, _Kind.EITHER):
+            with comm.guard("sending rank 0's optimizer state to all processes"):
+                state_dict = from_rank_zero(comm, state_dict)
+            kinds = [_Kind.WHOLE]
+        whole = not {_Kind.OWN, _Kind.EITHER} >= {*kinds}
+        raise_together(comm, self._problem(state_dict) if whole else None)
+        return state_dict, whole
+
+    def _kind(self, state_dict: Mapping[str, Any]) -> _Kind:
+        """Whose state it is, by the numbers of parameters and the shapes of what is divided."""
+        if not state_dict or not isinstance(state_dict, dict):
+            return _Kind.EMPTY
+        sizes = [len(group["params"]) for group in state_dict.get("param_groups", ())]
+        if sizes != [len(group.parameters) for group in self._layout()]:
+            own = [len(group["params"]) for group in self.optimizer.param_groups]
+            return _Kind.OWN if sizes == own else _Kind.WHOLE
+        if any(not self._is_here(parameter) for parameter in self._parameters()):
+            return _Kind.WHOLE
+        for parameter, entries in self._states(state_dict):
+            division = self._division(parameter)
+            shapes = {v.shape for v in entries.values() if isinstance(v, torch.Tensor) and v.dim()}
+            if division is not None and shapes and parameter.shape != division.shape:
+                return _Kind.WHOLE if division.shape in shapes else _Kind.OWN
+        return _Kind.EITHER
 
     def _problem(self, state_dict: Mapping[str, Any]) -> RaNNCError | None:
         """Why a whole state is not one for these parameters."""
@@ -404,8 +494,9 @@ class WholeOptimizer:
             return RaNNCError(
                 f"the optimizer's state has {found or 'nothing'} in it, needed `state` and "
                 "`param_groups`",
-                hint="`state_dict(from_global=True)` gives the state to rank 0 only; save it there "
-                "and load the file on every process",
+                hint="`state_dict(from_global=True)` gives the state to rank 0; load it there, and "
+                "after the first call of the model on all processes, the others with the empty "
+                "dictionary that they got",
             )
         sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         needed = [len(group.parameters) for group in self._layout()]

@@ -84,19 +84,19 @@ class _Remote:
         return f"{_label(tensor)}, held by other ranks, {tensor.dtype}{list(tensor.shape)}"
 
 
-class RemoteTensor(_Remote, torch.Tensor):
+class RemoteTensor(_Remote, torch.Tensor):  # type: ignore[misc]  # the signature of repr
     """A gradient or another tensor whose values other ranks hold."""
 
 
-class RemoteParameter(_Remote, torch.nn.Parameter):
+class RemoteParameter(_Remote, torch.nn.Parameter):  # type: ignore[misc]  # likewise
     """A parameter whose values other ranks hold."""
 
 
-def free_storage(parameter: torch.nn.Parameter, name: str) -> None:
+def free_storage(parameter: torch.Tensor, name: str) -> None:
     """Gives back a parameter's memory; its name, shape and type stay readable."""
     with torch._C.DisableTorchFunctionSubclass():
         parameter.data = _nothing(parameter.shape, parameter.dtype, parameter.device)
-    if not isinstance(parameter, RemoteParameter):
+    if isinstance(parameter, torch.nn.Parameter) and not isinstance(parameter, RemoteParameter):
         parameter._rannc_class = type(parameter)  # type: ignore[attr-defined]
         parameter._rannc_label = f"parameter `{name}`"  # type: ignore[attr-defined]
         parameter.__class__ = RemoteParameter
@@ -125,20 +125,19 @@ def refusal(what: str, label: str) -> RaNNCError:
     """The error for code that needs values which are on other ranks."""
     if "gradient" in label:
         hint = (
-            "`calc_grad_norm()` gives the norm of all gradients and `get_param_grad(name)` one of "
-            "them, called on all processes"
+            "the RaNNCModule's `calc_grad_norm()` gives the norm of all gradients, and "
+            "`get_param_grad(name)` one of them"
         )
     else:
         hint = (
-            "call the RaNNCModule itself, on all processes; its `get_param(name)` and "
-            "`state_dict()` bring values, which a model of your own can load for whatever else "
-            "you want to compute; a penalty on parameters belongs into the model's forward or "
-            "the optimizer's `weight_decay`"
+            "call the RaNNCModule, not its parts; its `get_param(name)` and `state_dict()` bring "
+            "values, for averages and whatever else you compute; a penalty on parameters belongs "
+            "into the model's forward, or is the optimizer's `weight_decay`"
         )
     return RaNNCError(
-        f"`{what}` needs the values of {label} of the deployed model, which only other processes "
-        "hold",
-        hint=f"{hint}; `parameters(from_global=False)` are those of this process alone",
+        f"`{what}` needs the values of {label} of the deployed model, which only other ranks hold",
+        hint=f"{hint}. Make these calls on all processes. `parameters(from_global=False)` has what "
+        "this process holds",
     )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from .calls import Calls
 from .errors import ExecutionError, RaNNCError
 
 if TYPE_CHECKING:
@@ -263,8 +264,13 @@ class Communicator:
     _world: dist.ProcessGroup | None = None
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     _waiter: _Waiter | None = None
+    calls: Calls = field(init=False)
     _failure_key: str = ""
     _failed: bool = False
+
+    def __post_init__(self) -> None:
+        """Starts at the first call."""
+        self.calls = Calls(self.rank)
 
     @classmethod
     def connect(cls, timeout: timedelta, device: torch.device | None = None) -> Communicator:
@@ -278,7 +284,10 @@ class Communicator:
         # user's alone.
         world = _new_group(list(range(world_size)), timeout)
         comm = cls(rank, world_size, device, timeout, world)
-        comm._failure_key = f"pyrannc/failure/{next(_connections)}"
+        number = next(_connections)
+        comm._failure_key = f"pyrannc/failure/{number}"
+        comm.calls = Calls(rank, _default_store(), f"pyrannc/calls/{number}")
+        atexit.register(comm.calls.end, "the end of the script")
         comm._waiter = _Waiter(comm.check_others)
         return comm
 
@@ -356,6 +365,7 @@ class Communicator:
 
         Raises:
             ExecutionError: when another rank announced its failure first.
+            MismatchError: when another rank is in another call.
             RuntimeError: when the connection broke or timed out.
         """
         assert self._waiter is not None
@@ -369,6 +379,7 @@ class Communicator:
         store = _default_store()
         if store is not None and store.check([self._failure_key]):
             raise _StoppedError(store.get(self._failure_key).decode())
+        self.calls.check()
 
     def finish_sends(self) -> None:
         """Returns when everything sent has arrived."""
@@ -431,6 +442,8 @@ class Communicator:
 
     def close(self) -> None:
         """Closes the connections that were opened here; the default process group stays."""
+        self.calls.end("model.undeploy() or pyrannc.clear()")
+        atexit.unregister(self.calls.end)
         if self._waiter is not None:
             self._waiter.stop()
             self._waiter = None

@@ -235,8 +235,6 @@ class Deployment:
 
     def _watch_optimizers(self) -> None:
         """Takes on optimizers of this model that the wrapper was not given, when they step."""
-        if self.holders.are_all_everywhere:
-            return
         this = weakref.ref(self)
 
         def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -253,7 +251,8 @@ class Deployment:
         if optimizer is self.optimizer or not trains or optimizer in self._taken_on:
             return
         self._taken_on.add(optimizer)
-        check_parameter_wise(optimizer)
+        if not self.holders.are_all_everywhere:
+            check_parameter_wise(optimizer)
         if self.divided:
             check_element_wise(optimizer)
             self.sharding.watch(optimizer)

@@ -95,7 +95,8 @@ class Finish:
         if scale is None:
             for value, seed in zip(values, seeds, strict=True):
                 self.step.slots[Slot.sink(value, gradient=True)] = self._weighted(value, seed)
-            self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
+            with self.runtime.comm.calls.event("loss.backward()"):
+                self.variant.executor.run(self.program.backward(self.runtime.comm.rank), self.step)
         if self.runtime.wanted():
             for name in self.step.gradients.keys() - reached:
                 del self.step.gradients[name]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from .calls import HINT
 from .errors import ExecutionError, MismatchError
 
 if TYPE_CHECKING:
@@ -42,10 +43,11 @@ def meet(comm: Communicator, call: str, numbers: Sequence[int] = ()) -> list[lis
     if comm.world_size == 1:
         return [list(numbers)]
     row = [digest(call), *numbers]
-    with comm.guard(call):
+    with comm.guard(call), comm.calls.meeting(call):
         try:
             rows = comm.all_gather_row(row + [0] * (_WIDTH - len(row)))
         except RuntimeError as error:
+            comm.check_others()  # a connection that broke may be that of a process that has ended
             if "timed out" not in str(error).lower():
                 raise
             raise TimeoutError(
@@ -58,8 +60,7 @@ def meet(comm: Communicator, call: str, numbers: Sequence[int] = ()) -> list[lis
         lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
         raise MismatchError(
             f"the processes are in different calls, all of which need every process:{lines}",
-            hint="make each of these calls on all processes, in the same order; only what is done "
-            "with the result belongs under `if get_rank() == 0`",
+            hint=HINT,
         )
     return [other[1 : len(row)] for other in rows]
 

@@ -432,7 +432,10 @@ def barrier() -> None:
     if get_world_size() == 1:
         return
     ensure_process_group(Config.load().timeout)
-    dist.barrier()
+    with contextlib.ExitStack() as stack:
+        for module in _live:
+            stack.enter_context(module._runtime.comm.calls.event("pyrannc.barrier()", say=True))
+        dist.barrier()
 
 
 def clear() -> None:

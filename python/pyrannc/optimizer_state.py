@@ -9,7 +9,6 @@ rank. A whole state therefore goes from and to a plain optimizer of the bare mod
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,6 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._optimizer_entries import (
+    Announced,
+    Group,
+    Kind,
+    announce,
+    group_of,
+    keeps_alike,
+    only,
+    options_of,
+    suits,
+)
+from .comm import get_rank
 from .errors import MismatchError, RaNNCError
 from .meeting import digest, from_rank_zero, meet, raise_together
 from .optimizer import foreign_parameters, keep_local, state_part
@@ -29,21 +40,11 @@ if TYPE_CHECKING:
     from .state import Division, Holders
 
 
-class _Kind(enum.IntEnum):
-    """Whose parameters an optimizer's state is of."""
-
-    EMPTY = 0  # nobody's
-    OWN = 1  # this process's
-    WHOLE = 2  # all processes', or somebody else's
-    EITHER = 3  # this process has all
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The parameters of one group as the user gave them, and their names if there are any."""
-
-    parameters: list[torch.Tensor]
-    names: list[str] | None
+_WHOLE_HINT = (
+    "load the state of an optimizer that was built in the same way, of which "
+    "`state_dict(from_global=True)` gives the whole; what `state_dict()` gives is this process's "
+    "own, for the same wrapped model"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +53,6 @@ class _Model:
 
     holders: Holders
     names: dict[torch.Tensor, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Announced:
-    """A tensor that travels by itself."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def empty(self, device: torch.device) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
 class WholeOptimizer:
@@ -76,13 +66,14 @@ class WholeOptimizer:
         """Replaces the methods of ``optimizer``; see :meth:`of`."""
         self.optimizer = optimizer
         self._names: dict[torch.Tensor, str] = {}
-        self._groups: list[_Group] | None = None  # as before deployment; none: as they are
+        self._groups: list[Group] | None = None  # as before deployment; none: as they are
         self._models: list[_Model] = []
         self._plain_state_dict = optimizer.state_dict
         self._plain_load_state_dict = optimizer.load_state_dict
         self._plain_add_param_group = optimizer.add_param_group
         self._plain_zero_grad = optimizer.zero_grad
         self._said_partial = False
+        self._awaits_options = False
         for name in ("state_dict", "load_state_dict", "add_param_group", "zero_grad"):
             setattr(optimizer, name, getattr(self, name))
 
@@ -143,6 +134,9 @@ class WholeOptimizer:
             state_dict, whole = self._agreed(state_dict, from_global=from_global)
         else:
             whole = self._groups is None
+            if whole and not state_dict and get_rank() != 0:
+                self._awaits_options = True  # rank 0's state counts at the first call
+                return
             if whole and (problem := self._problem(state_dict)) is not None:
                 raise problem
         given = self._local(state_dict) if whole else dict(state_dict)
@@ -164,14 +158,14 @@ class WholeOptimizer:
         if self._groups is None:
             self._plain_add_param_group(param_group)
             return
-        group = _group_of(param_group)
+        group = group_of(param_group)
         comm, _ = self._meet("optimizer.add_param_group(...)")
         told = comm.all_gather_objects([self._label(p) for p in group.parameters])
         raise_together(comm, self._problem_to_add(group, told))
         kept = [self._is_here(parameter) for parameter in group.parameters]
-        local = {**param_group, "params": _only(group.parameters, kept)}
+        local = {**param_group, "params": only(group.parameters, kept)}
         if group.names is not None:
-            local["param_names"] = _only(group.names, kept)
+            local["param_names"] = only(group.names, kept)
         self._plain_add_param_group(local)
         self._groups.append(group)
 
@@ -217,12 +211,13 @@ class WholeOptimizer:
             MismatchError: when they differ in parameters or options.
             RaNNCError: when they have parameters that are not the model's.
         """
-        told = [
-            f"{type(self.optimizer).__name__} with {_options(options)} for "
-            f"{', '.join(self._label(p) for p in group.parameters)}"
-            for options, group in zip(self.optimizer.param_groups, self._layout(), strict=True)
-        ]
-        rows = meet(comm, "the first call of the model, with an optimizer", [digest(str(told))])
+        rows = meet(
+            comm, "the first call of the model, with an optimizer", [int(self._awaits_options)]
+        )
+        if any(awaits for (awaits,) in rows):
+            self._take_options(comm)
+        told = self._described()
+        rows = comm.all_gather_row([digest(str(told))])
         if all(row == rows[0] for row in rows):
             if (problem := self._problem_of_foreign(self._parameters())) is not None:
                 raise problem
@@ -238,6 +233,22 @@ class WholeOptimizer:
             f"the processes were given different optimizers:{lines}",
             hint="build the same optimizer, with the same options, on every process",
         )
+
+    def _described(self) -> list[str]:
+        return [
+            f"{type(self.optimizer).__name__} with {options_of(options)} for "
+            f"{', '.join(self._label(p) for p in group.parameters)}"
+            for options, group in zip(self.optimizer.param_groups, self._layout(), strict=True)
+        ]
+
+    def _take_options(self, comm: Communicator) -> None:
+        """Takes the options of rank 0's groups where a state was to be had from there."""
+        groups = self.optimizer.param_groups
+        own = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in groups]
+        for group, options in zip(groups, comm.broadcast_object(own), strict=False):
+            if self._awaits_options:
+                group.update(options)
+        self._awaits_options = False
 
     def undeploy(self, holders: Holders) -> None:
         """Forgets a model; the state of its parameters can no more be gathered.
@@ -257,7 +268,7 @@ class WholeOptimizer:
         """
         comm, state = holders.comm, self.optimizer.state
         own = {
-            name: _announce(state[parameter])
+            name: announce(state[parameter])
             for name, parameter in divided.items()
             if self._speaker(parameter) == comm.rank and parameter in state
         }
@@ -267,7 +278,7 @@ class WholeOptimizer:
                 kept = state.get(parameter, {})
                 whole = {
                     key: kept.get(key, entry)
-                    if not isinstance(entry, _Announced)
+                    if not isinstance(entry, Announced)
                     else holders.everywhere(name, kept.get(key), entry.empty(comm.device))
                     for key, entry in entries.items()
                 }
@@ -285,8 +296,8 @@ class WholeOptimizer:
 
     # ---- The parameters of all ranks
 
-    def _layout(self) -> list[_Group]:
-        return self._groups or [_group_of(group) for group in self.optimizer.param_groups]
+    def _layout(self) -> list[Group]:
+        return self._groups or [group_of(group) for group in self.optimizer.param_groups]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         """All parameters, each once, in the user's order."""
@@ -352,11 +363,11 @@ class WholeOptimizer:
         """Gives every holder rank 0's state of its parameters."""
         comm, state = model.holders.comm, self.optimizer.state
         here = [p for p in self._parameters() if p in model.names]
-        announced = [{} if p not in state else _announce(state[p]) for p in here]
+        announced = [{} if p not in state else announce(state[p]) for p in here]
         for parameter, entries in zip(here, comm.broadcast_object(announced), strict=True):
             received = {}
             for key, entry in entries.items():
-                if not isinstance(entry, _Announced):
+                if not isinstance(entry, Announced):
                     received[key] = entry
                     continue
                 received[key] = entry.empty(comm.device)
@@ -376,7 +387,7 @@ class WholeOptimizer:
         """By parameter the whole state on rank 0."""
         parameters = list(self._parameters())
         own = {
-            index: _announce(self.optimizer.state[parameter])
+            index: announce(self.optimizer.state[parameter])
             for index, parameter in enumerate(parameters)
             if self._speaker(parameter) == comm.rank and parameter in self.optimizer.state
         }
@@ -400,7 +411,7 @@ class WholeOptimizer:
 
     def _bring(self, parameter: torch.Tensor, key: str, entry: Any) -> Any:
         """One entry of the state on rank 0."""
-        if not isinstance(entry, _Announced):
+        if not isinstance(entry, Announced):
             return entry
         model = self._model_of(parameter)
         own = (
@@ -459,33 +470,33 @@ class WholeOptimizer:
             RaNNCError: when the processes do not have states that go together.
         """
         kind = self._kind(state_dict)
-        if from_global and kind != _Kind.EMPTY:
-            kind = _Kind.WHOLE
+        if from_global and kind != Kind.EMPTY:
+            kind = Kind.WHOLE
         comm, kinds = self._meet("optimizer.load_state_dict(...)", kind)
-        if _Kind.EMPTY in kinds and kinds[0] in (_Kind.WHOLE, _Kind.EITHER):
+        if Kind.EMPTY in kinds and kinds[0] in (Kind.WHOLE, Kind.EITHER):
             with comm.guard("sending rank 0's optimizer state to all processes"):
                 state_dict = from_rank_zero(comm, state_dict)
-            kinds = [_Kind.WHOLE]
-        whole = not {_Kind.OWN, _Kind.EITHER} >= {*kinds}
+            kinds = [Kind.WHOLE]
+        whole = not {Kind.OWN, Kind.EITHER} >= {*kinds}
         raise_together(comm, self._problem(state_dict) if whole else None)
         return state_dict, whole
 
-    def _kind(self, state_dict: Mapping[str, Any]) -> _Kind:
+    def _kind(self, state_dict: Mapping[str, Any]) -> Kind:
         """Whose state it is, by the numbers of parameters and the shapes of what is divided."""
         if not state_dict or not isinstance(state_dict, dict):
-            return _Kind.EMPTY
+            return Kind.EMPTY
         sizes = [len(group["params"]) for group in state_dict.get("param_groups", ())]
         if sizes != [len(group.parameters) for group in self._layout()]:
             own = [len(group["params"]) for group in self.optimizer.param_groups]
-            return _Kind.OWN if sizes == own else _Kind.WHOLE
+            return Kind.OWN if sizes == own else Kind.WHOLE
         if any(not self._is_here(parameter) for parameter in self._parameters()):
-            return _Kind.WHOLE
+            return Kind.WHOLE
         for parameter, entries in self._states(state_dict):
             division = self._division(parameter)
             shapes = {v.shape for v in entries.values() if isinstance(v, torch.Tensor) and v.dim()}
             if division is not None and shapes and parameter.shape != division.shape:
-                return _Kind.WHOLE if division.shape in shapes else _Kind.OWN
-        return _Kind.EITHER
+                return Kind.WHOLE if division.shape in shapes else Kind.OWN
+        return Kind.EITHER
 
     def _problem(self, state_dict: Mapping[str, Any]) -> RaNNCError | None:
         """Why a whole state is not one for these parameters."""
@@ -494,9 +505,8 @@ class WholeOptimizer:
             return RaNNCError(
                 f"the optimizer's state has {found or 'nothing'} in it, needed `state` and "
                 "`param_groups`",
-                hint="`state_dict(from_global=True)` gives the state to rank 0; load it there, and "
-                "after the first call of the model on all processes, the others with the empty "
-                "dictionary that they got",
+                hint="`state_dict(from_global=True)` gives the state to rank 0: load it there, the "
+                "other processes with the empty dictionary that they got",
             )
         sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         needed = [len(group.parameters) for group in self._layout()]
@@ -504,18 +514,17 @@ class WholeOptimizer:
             return RaNNCError(
                 f"the optimizer's state has {sum(sizes)} parameters in groups of {sizes}, but the "
                 f"optimizer {sum(needed)} in groups of {needed}",
-                hint="load the state of an optimizer that was built in the same way, of which "
-                "`state_dict(from_global=True)` gives the whole",
+                hint=_WHOLE_HINT,
             )
-        checked = self._states(state_dict) if _keeps_alike(self.optimizer) else ()
+        checked = self._states(state_dict) if keeps_alike(self.optimizer) else ()
         for parameter, entries in checked:
             shape = self._shape(parameter)
             for key, value in entries.items():
-                if isinstance(value, torch.Tensor) and not _suits(value, shape):
+                if isinstance(value, torch.Tensor) and not suits(value, shape):
                     return RaNNCError(
                         f"`{key}` of `{self._label(parameter)}` has shape {list(value.shape)} in "
                         f"the optimizer's state, but the parameter {list(shape)}",
-                        hint="load the state of the same model's optimizer",
+                        hint=_WHOLE_HINT,
                     )
         return None
 
@@ -533,9 +542,9 @@ class WholeOptimizer:
         state, groups = dict(state_dict["state"]), []
         for group, given in zip(state_dict["param_groups"], self._layout(), strict=True):
             kept = [self._is_here(parameter) for parameter in given.parameters]
-            local = {**group, "params": _only(group["params"], kept)}
+            local = {**group, "params": only(group["params"], kept)}
             if "param_names" in group:
-                local["param_names"] = _only(group["param_names"], kept)
+                local["param_names"] = only(group["param_names"], kept)
             groups.append(local)
             for number, parameter, here in zip(
                 group["params"], given.parameters, kept, strict=True
@@ -548,7 +557,7 @@ class WholeOptimizer:
                     state[number] = state_part(state[number], division, rank)
         return {**state_dict, "state": state, "param_groups": groups}
 
-    def _problem_to_add(self, group: _Group, told: Sequence[Sequence[str]]) -> RaNNCError | None:
+    def _problem_to_add(self, group: Group, told: Sequence[Sequence[str]]) -> RaNNCError | None:
         if any(labels != told[0] for labels in told):
             lines = "".join(f"\n  rank {rank}: {list(text)}" for rank, text in enumerate(told))
             return MismatchError(
@@ -569,52 +578,3 @@ class WholeOptimizer:
     def _problem_of_foreign(self, parameters: Iterable[torch.Tensor]) -> RaNNCError | None:
         """Whether nobody would add up the gradients of some parameters."""
         return foreign_parameters(sum(p not in self._names for p in parameters))
-
-
-def _group_of(param_group: Mapping[str, Any]) -> _Group:
-    given = param_group["params"]
-    items: list[Any] = [given] if isinstance(given, torch.Tensor) else list(given)
-    if any(isinstance(item, tuple) for item in items):
-        named: list[tuple[str, torch.Tensor]] = items
-        return _Group([parameter for _, parameter in named], [name for name, _ in named])
-    names = param_group.get("param_names")
-    return _Group(items, None if names is None else list(names))
-
-
-def _announce(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of one parameter's state, with tensors that have dimensions only described."""
-    return {
-        key: _Announced(value.shape, value.dtype)
-        if isinstance(value, torch.Tensor) and value.dim() > 0
-        else value.detach().cpu()
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in entries.items()
-    }
-
-
-def _suits(value: torch.Tensor, shape: torch.Size) -> bool:
-    """Whether an optimizer may keep ``value`` for a parameter of ``shape``.
-
-    It is a number, or as large, or has one entry for all along some dimensions.
-    """
-    if value.dim() == 0:
-        return True
-    return value.dim() == len(shape) and all(
-        size in (1, needed) for size, needed in zip(value.shape, shape, strict=True)
-    )
-
-
-def _keeps_alike(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is known to keep for a parameter only what :func:`_suits`."""
-    ours = type(optimizer).__module__.startswith("torch.optim")
-    return ours and not isinstance(optimizer, torch.optim.LBFGS)
-
-
-def _options(group: Mapping[str, Any]) -> str:
-    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _only(items: Iterable[Any], kept: Sequence[bool]) -> list[Any]:
-    return [item for item, keep in zip(items, kept, strict=True) if keep]

@@ -81,7 +81,7 @@ class _StateGuard(_Hook):
         if _lifted:
             return
         for parameter, name in zip(module.parameters(recurse=False), self.names, strict=False):
-            if isinstance(parameter, ElsewhereParameter):
+            if isinstance(parameter, RemoteParameter):
                 reason = f"only other ranks hold `{name}`"
             elif name in self.divided:
                 reason = f"replicas divide `{name}` among themselves"

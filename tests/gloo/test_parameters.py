@@ -336,8 +336,9 @@ def add_foreign() -> None:
                 optimizer.add_param_group({"params": [own]})
             with pytest.raises(pyrannc.RaNNCError, match="in another parameter group"):
                 optimizer.add_param_group({"params": list(layers[0].parameters())})
+            alone = list(wrapped.parameters(from_global=False))
             with pytest.raises(pyrannc.MismatchError, match="add different parameters"):
-                optimizer.add_param_group({"params": list(wrapped.parameters(from_global=False))[-1:]})
+                optimizer.add_param_group({"params": alone[-1:]})
             assert len(optimizer.param_groups) == 1
         wrapped.undeploy()
 

@@ -317,8 +317,9 @@ def keep_the_object() -> None:
         warnings.simplefilter("always")
         for _ in range(2):
             optimizer.state_dict()
-    alone = list(script.model.parameters(from_global=False))
-    assert len(told) == (len(alone) < len(list(script.model.parameters())))  # once
+    model: Any = script.model
+    alone = list(model.parameters(from_global=False))
+    assert len(told) == (len(alone) < len(list(model.parameters())))  # once
     for other in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
         assert type(other) is kind
         close(other.state_dict(), {k: v for k, v in optimizer.state_dict().items() if k != "extra"})

@@ -11,7 +11,14 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from ._autocast import no_weight_cache
-from ._flat import is_value, operator_of, outputs_of, written_arguments
+from ._flat import (
+    attribute,
+    is_value,
+    operator_of,
+    outputs_of,
+    state_name,
+    written_arguments,
+)
 from .batch_norm import companions_of, norms_of, recomputing
 from .errors import CaptureError
 
@@ -84,7 +91,7 @@ def cut(
     for node in [*(needed if only is None else only), *wanted]:
         copier.copy(node)
     module = copier.module(wanted, name)
-    state, names = [[str(node.target) for node in nodes] for nodes in (attributes, written)]
+    state, names = [[state_name(node) for node in nodes] for nodes in (attributes, written)]
     dtypes = {node.name: node.meta["example"].dtype for node in extras if "example" in node.meta}
     return Part(module, [node.name for node in extras], state, dtypes, names)
 
@@ -130,8 +137,7 @@ class _Copier:
             return
         self._copies[node] = self._graph.node_copy(node, self._copies.__getitem__)
         if node.op in ("get_attr", "call_module"):
-            target = str(node.target)
-            self._attributes[target] = _attribute(self._source, target)
+            self._attributes[str(node.target)] = attribute(self._source, node)
 
     def _copy_group(self, group: _Group) -> None:
         inner = _Copier(self._source)
@@ -276,11 +282,4 @@ def _written_inputs(inputs: list[fx.Node], needed: Iterable[fx.Node]) -> list[fx
 
 
 def _is_parameter(source: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(_attribute(source, str(node.target)), torch.nn.Parameter)
-
-
-def _attribute(module: torch.nn.Module, path: str) -> object:
-    found: object = module
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+    return isinstance(attribute(source, node), torch.nn.Parameter)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from ._flat import attribute, is_value, state_name
 from ._stated import Stated
 
 
@@ -34,10 +35,7 @@ def move_operators(module: fx.GraphModule, device: torch.device, names: list[str
     for child in module.children():
         if isinstance(child, Stated):
             move_operators(child.inner, device, [])
-    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in names:
-        if name in read:
-            path, _, attribute = name.rpartition(".")
-            holder = module.get_submodule(path)
-            setattr(holder, attribute, getattr(holder, attribute).to(device))
+    for node in module.graph.find_nodes(op="get_attr"):
+        if is_value(node) and state_name(node) in names:
+            setattr(module, str(node.target), attribute(module, node).to(device))
     module.recompile()

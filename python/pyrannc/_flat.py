@@ -12,6 +12,7 @@ The flat graph has as placeholders the model's tensors, `rows` (how many rows th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,20 @@ def outputs_of(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is operator.getitem]
 
 
+def state_name(node: fx.Node) -> str:
+    """The user's name of the parameter, buffer or constant that a `get_attr` node reads.
+
+    The graph's own attributes have names that no user chose: any name is legal for a parameter,
+    also one of Python's words or of an attribute that every graph module has.
+    """
+    return str(node.meta["state"])
+
+
+def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    """What a `get_attr` or `call_module` node refers to."""
+    return getattr(module, str(node.target))
+
+
 def positional(node: fx.Node) -> list[Any]:
     """A node's positional arguments, of whatever types they are."""
     return list(node.args)
@@ -185,6 +200,7 @@ class Flattener:
         exported = program.module
         self.graph = fx.Graph()
         self._state_names = state_names
+        self._copied: dict[int, fx.Node] = {}
         self.attributes: dict[str, Any] = {}
         self.inputs: list[fx.Node] = []
         self._symbols = program.symbols
@@ -351,15 +367,25 @@ class Flattener:
                 found = getattr(found, part)
         if isinstance(found, fx.GraphModule):
             return found
-        # A tensor that the model has under several names goes by the first.
-        name = self._state_names.get(id(found), target.removeprefix(self._prefix))
-        if name not in self.attributes:
-            self.attributes[name] = found
-        for existing in self.graph.find_nodes(op="get_attr", target=name):
-            return existing
-        copied = self.graph.get_attr(name)
-        copied.meta["val"] = node.meta["val"]
-        return copied
+        # A tensor that the model has under several names is one.
+        if id(found) not in self._copied:
+            name = self._state_names.get(id(found)) or self._constant_name(target)
+            attribute = f"_state_{len(self.attributes)}"
+            self.attributes[attribute] = found
+            copied = self.graph.get_attr(attribute)
+            copied.meta.update(val=node.meta["val"], state=name)
+            self._copied[id(found)] = copied
+        return self._copied[id(found)]
+
+    def _constant_name(self, target: str) -> str:
+        """A name for what is no parameter or buffer, unlike that of any."""
+        name = unique = target.removeprefix(self._prefix)
+        taken = {*self._state_names.values(), *map(state_name, self._copied.values())}
+        for number in itertools.count(2):
+            if unique not in taken:
+                break
+            unique = f"{name}~{number}"
+        return unique
 
     def _submodule(self, module: fx.GraphModule) -> fx.Node:
         attribute = f"_graph_{len(self.attributes)}"
@@ -370,7 +396,7 @@ class Flattener:
 def module_path(node: fx.Node, prefix: str) -> str:
     """Qualified name of the submodule that called an operator of the exported graph."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]).split("@")[0] if stack else ""
+    path = str(stack[-1][0]) if stack else ""
     if path.startswith("_empty_nn_module_stack"):
         return ""
     return path.removeprefix(prefix.removesuffix(".")).removeprefix(".")

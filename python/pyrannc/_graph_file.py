@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ._flat import Operator, is_value, operator_of, outputs_of, positional, tensors_read
+from ._flat import (
+    Operator,
+    is_value,
+    operator_of,
+    outputs_of,
+    positional,
+    state_name,
+    tensors_read,
+)
 from ._layout import NONE, WHOLE, Layout, Split, in_json
-from ._rows import RowAnalysis, getattr_path, is_random
+from ._rows import RowAnalysis, is_random
 from ._sizes import affine
 from ._snapshot import written_to
 from .errors import CaptureError
@@ -85,7 +93,7 @@ class GraphFile:
     def _add_state(self) -> None:
         for node in self._module.graph.nodes:
             if node.op == "get_attr" and is_value(node):
-                name = str(node.target)
+                name = state_name(node)
                 self._add_value(node, self._kinds.get(name, "constant"), name)
 
     def _add_value(self, node: fx.Node, kind: str, name: str) -> None:
@@ -156,7 +164,7 @@ class GraphFile:
             for viewed in {tensor, *self._views.get(tensor, ())}:
                 index = self._ids[viewed]
                 if self.values[index]["kind"] == "constant":
-                    raise written_to(self.values[index]["name"].removeprefix("model."))
+                    raise written_to(self.values[index]["name"])
                 if viewed in self._inputs and viewed not in self._given_back:
                     raise CaptureError(
                         f"forward changes its argument `{self.values[index]['name']}` in place, in "
@@ -210,6 +218,3 @@ def _kinds(model: torch.nn.Module) -> dict[str, str]:
     for name, _ in model.named_parameters(remove_duplicate=False):
         kinds[name] = "parameter"
     return kinds
-
-
-__all__ = ["GraphFile", "getattr_path"]

@@ -15,7 +15,16 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
-from ._flat import Scope, Scoped, is_value, operator_of, outputs_of, tensors_read, written_arguments
+from ._flat import (
+    Scope,
+    Scoped,
+    attribute,
+    is_value,
+    operator_of,
+    outputs_of,
+    tensors_read,
+    written_arguments,
+)
 from ._opaque import FlopCounter, Opaque, SavedStorages
 from ._replay import Described, Replay, Storage, UnclearError, describe, fresh
 from ._sizes import Affine, Symbols, at, fit
@@ -141,7 +150,7 @@ def _replayed(
         known[node] = fresh([at(n, rows) for n in symbols.shape(node.meta["val"])], example)
     for node in module.graph.nodes:
         if node.op == "get_attr" and is_value(node):
-            known[node] = describe(_attribute(module, str(node.target)), storages)
+            known[node] = describe(attribute(module, node), storages)
     for storage in storages.values():
         storage.saved = True
     for node in module.graph.nodes:
@@ -183,7 +192,7 @@ def _run(
         known[node] = fake.requires_grad_(example.requires_grad)
     state = [node for node in module.graph.nodes if node.op == "get_attr" and is_value(node)]
     for node in state:
-        known[node] = mode.from_tensor(_attribute(module, str(node.target)))
+        known[node] = mode.from_tensor(attribute(module, node))
     saved = SavedStorages([known[node] for node in state])
     flops = FlopCounter()
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
@@ -212,7 +221,7 @@ def _auxiliary(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any],
             return torch.empty(example.shape, dtype=example.dtype, device=example.device)
         return rows if node.name == "rows" else 1.0
     if node.op == "get_attr":
-        return _attribute(module, str(node.target))
+        return attribute(module, node)
     function: Any = node.target
     return function(*fx.map_arg(node.args, known.__getitem__))
 
@@ -223,7 +232,7 @@ def _operator(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], 
     versions = {argument: known[argument]._version for argument in read}
     target: Any = node.target
     if node.op == "call_module":
-        target = module.get_submodule(str(node.target))
+        target = attribute(module, node)
     what = operator_of(node)
     if what is not None and isinstance(what.target, Opaque):
         target = Scoped(what.target.without_data, what.scope or Scope())
@@ -255,10 +264,3 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
     elif isinstance(result, (tuple, list)):
         for item in result:
             yield from _tensors(item)
-
-
-def _attribute(module: fx.GraphModule, target: str) -> Any:
-    found: Any = module
-    for part in target.split("."):
-        found = getattr(found, part)
-    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._flat import is_value, operator_of, outputs_of, tensors_read
+from ._flat import is_value, operator_of, outputs_of, state_name, tensors_read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,7 @@ def reach(captured: Captured, graph: _core.Graph) -> dict[int, frozenset[str]]:
     memory = _Memory()
     for node in captured.module.graph.nodes:
         if node.op == "get_attr" and is_value(node) and flows(node):
-            name = str(node.target)
+            name = state_name(node)
             if isinstance(captured.state[name], torch.nn.Parameter):
                 memory.add(node, {name})
         if operator_of(node) is None:

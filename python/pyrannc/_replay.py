@@ -17,7 +17,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ._flat import Scope, Scoped, is_value, written_arguments
+from ._flat import Scope, Scoped, attribute, is_value, written_arguments
 from ._opaque import FlopCounter, Opaque
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class _Place:
 def _target(module: fx.GraphModule, node: fx.Node, what: Operator) -> Any:
     if isinstance(what.target, Opaque):
         return Scoped(what.target.without_data, what.scope or Scope())
-    return module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+    return attribute(module, node) if node.op == "call_module" else node.target
 
 
 def _check(what: Operator) -> None:

@@ -17,6 +17,7 @@ from torch import fx
 
 from ._flat import (
     Operator,
+    attribute,
     is_value,
     operator_of,
     outputs_of,
@@ -158,7 +159,7 @@ class _Analyser:
         if tensor.op == "placeholder":
             return True
         if tensor.op == "get_attr":
-            state = getattr_path(self._module, str(tensor.target))
+            state = attribute(self._module, tensor)
             # Parameters may lie on other processes.
             is_parameter = isinstance(state, torch.nn.Parameter)
             return tensor not in self._written and not is_parameter
@@ -237,13 +238,6 @@ def is_random(node: fx.Node) -> bool:
     if what is None or not isinstance(what.target, torch._ops.OpOverload):
         return False
     return torch.Tag.nondeterministic_seeded in what.target.tags
-
-
-def getattr_path(module: Any, path: str) -> Any:
-    """An attribute of an attribute."""
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
 
 
 def _written_state(graph: fx.Graph) -> set[fx.Node]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._flat import Scope, Scoped, operator_of, positional
+from ._flat import Scope, Scoped, attribute, operator_of, positional, state_name
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def place_part_norms(module: fx.GraphModule, model: torch.nn.Module) -> None:
         running = [arg for arg in args[3:5] if isinstance(arg, fx.Node) and arg.op == "get_attr"]
         norm = PartNorm(
             what.scope,
-            tuple(str(arg.target) for arg in running) if len(running) == 2 else (),
+            tuple(state_name(arg) for arg in running) if len(running) == 2 else (),
             args[6],
             synchronized=isinstance(owner, torch.nn.SyncBatchNorm),
         )
@@ -210,7 +210,7 @@ def norms_of(module: torch.nn.Module) -> list[PartNorm]:
     called = [node for node in module.graph.nodes if node.op == "call_module"]
     found: list[PartNorm] = []
     for node in called:
-        child = module.get_submodule(str(node.target))
+        child = attribute(module, node)
         found += [child] if isinstance(child, PartNorm) else norms_of(child)
     return found
 

@@ -21,7 +21,7 @@ import torch
 from ._arguments import check_apart
 from ._devices import move_operators
 from ._export import Program, export
-from ._flat import Flattener, is_value, operator_of, outputs_of
+from ._flat import Flattener, attribute, is_value, operator_of, outputs_of, state_name
 from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
 from ._lazy import compiled_when_called
@@ -29,7 +29,7 @@ from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure
 from ._opaque import Opaque
 from ._places import revealed
-from ._rows import RowAnalysis, analyse, getattr_path, is_random
+from ._rows import RowAnalysis, analyse, is_random
 from ._sizes import ROWS
 from ._stated import state
 from ._structure import Structure, flatten
@@ -131,7 +131,8 @@ class Captured:
         owned = [name for name in self.state if name in self._constants]
         for module in [self.module, *(count.module for count in self.denominators)]:
             move_operators(module, device, owned)
-        self.state.update({name: getattr_path(self.module, name) for name in owned})
+        moved = _state(self.module)
+        self.state.update({name: moved[name] for name in owned})
 
     @property
     def runs_submodules(self) -> bool:
@@ -434,7 +435,7 @@ def _state_names(model: torch.nn.Module) -> dict[int, str]:
 
 def _state(module: fx.GraphModule) -> dict[str, torch.Tensor]:
     return {
-        str(node.target): getattr_path(module, str(node.target))
+        state_name(node): attribute(module, node)
         for node in module.graph.nodes
         if node.op == "get_attr" and is_value(node)
     }

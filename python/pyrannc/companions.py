@@ -11,6 +11,7 @@ import graphlib
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from ._flat import attribute
 from .batch_norm import PartNorm
 from .errors import PlanError
 
@@ -57,7 +58,7 @@ def synchronized_stages(captured: Captured, placement: _core.Placement) -> froze
 def _synchronizes(captured: Captured, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
-    called = captured.module.get_submodule(str(node.target))
+    called = attribute(captured.module, node)
     return isinstance(called, PartNorm) and called.synchronized
 
 

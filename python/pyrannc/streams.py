@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _host_random
-from ._flat import operator_of
+from ._flat import attribute, operator_of
 from ._opaque import Opaque
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def share(module: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> None:
     for index, (key, node) in enumerate(nodes.items()):
         target: Any = node.target
         if node.op == "call_module":
-            target = module.get_submodule(str(node.target))
+            target = attribute(module, node)
         name = f"_shared_draw_{index}"
         module.add_submodule(name, SharedDraw(target, key))
         node.op, node.target = "call_module", name

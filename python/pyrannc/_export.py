@@ -30,6 +30,7 @@ from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._snapshot import Changes, same
+from ._transforms import transforms_seen
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -427,6 +428,7 @@ def _exported(
         _regions_in_line(),
         compiled_when_called(),
         _without_places(),
+        transforms_seen(),
     ):
         program = torch.export.export(
             flat, tuple(tensors), strict=False, dynamic_shapes={"tensors": shapes}

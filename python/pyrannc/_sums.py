@@ -28,6 +28,7 @@ _LINEAR = {
     "aten.split", "aten.chunk", "aten.split_with_sizes", "aten.positive", "aten.flip",
     "aten.repeat", "aten.cumsum", "aten.real", "aten.lift_fresh_copy",
 }  # fmt: skip
+_OF_SIZES = {"aten.ones_like", "aten.zeros_like", "aten.full_like"}
 _ADDITIONS = {"aten.add", "aten.sub", "aten.subtract", "aten.rsub"}
 _PRODUCTS = {"aten.mul", "aten.multiply"}
 _QUOTIENTS = {"aten.div", "aten.divide", "aten.true_divide"}
@@ -75,6 +76,8 @@ def _linear(call: Call) -> list[Layout]:
     packet = call.operator.packet
     if packet in _LINEAR and not call.numbers_of_rows and not _rounds(call):
         return [SUM for _ in call.outputs]
+    if packet in _OF_SIZES:
+        return [NONE]
     if packet in _ADDITIONS:
         return _sum_of_sums(call)
     if packet in _PRODUCTS or packet in _QUOTIENTS:

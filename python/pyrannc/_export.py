@@ -24,12 +24,14 @@ from ._flat_model import FlatModel
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
 from ._obstacles import DRAWS, SIZES, Obstacle, is_by_content, place_of, reason_of, unknown_numbers
+from ._opaque import UnclearSizesError
 from ._outer import outer_names
 from ._places import dotted
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
 from ._snapshot import Changes, same
+from ._strides import order_of, ordered
 from ._transforms import transforms_seen
 from .errors import CaptureError
 
@@ -218,8 +220,6 @@ class _Exporter:
                     self.sites.add_module(self._around(unknown), SIZES, place)
                 else:
                     self._leave_draws(drawing)
-            except CaptureError:
-                raise
             except Exception as failure:
                 self._blame(failure, tracker.running)
                 cause = failure
@@ -259,6 +259,9 @@ class _Exporter:
         cause = _known_cause(failure)
         if isinstance(cause, CustomBackward):
             self.sites.add_function(cause.function, place_of(cause))
+            return
+        if isinstance(cause, UnclearSizesError) and cause.site.module not in (None, self._model):
+            self.sites.add_module(cause.site.module, SIZES)  # what is around it
             return
         if cause is not None:
             raise cause
@@ -412,7 +415,8 @@ def _copy(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
     copied = tensor.detach().clone()
     if rows is not None and copied.shape[0] != rows:
         times = -(-rows // copied.shape[0])
-        copied = copied.repeat(times, *(1 for _ in copied.shape[1:]))[:rows].clone()
+        order = order_of(tensor.shape, tensor.stride())
+        copied = ordered(copied.repeat(times, *(1 for _ in copied.shape[1:]))[:rows], order)
     return copied.requires_grad_(tensor.requires_grad)
 
 

@@ -27,6 +27,7 @@ from .errors import CaptureError
 if TYPE_CHECKING:
     from ._export import Program
     from ._measure import Measurements, OperatorFacts
+    from ._strides import Order
 
 
 class GraphFile:
@@ -35,6 +36,7 @@ class GraphFile:
     Attributes:
         values: the values in the file's form.
         value_nodes: the values as nodes of the flat graph.
+        orders: how each value lies in memory.
         node_by_key: operators by key.
     """
 
@@ -50,6 +52,7 @@ class GraphFile:
     ) -> None:
         self.values: list[dict[str, Any]] = []
         self.value_nodes: list[fx.Node] = []
+        self.orders: list[Order] = []
         self.node_by_key: dict[str, fx.Node] = {}
         self._name = type(model).__name__
         self._module = module
@@ -106,6 +109,7 @@ class GraphFile:
         layout = self._layout(node)
         self._ids[node] = len(self.values)
         self.value_nodes.append(node)
+        self.orders.append(facts.order)
         self.values.append(
             {
                 "name": unique,

@@ -28,9 +28,12 @@ from ._flat import (
 from ._opaque import FlopCounter, Opaque, SavedStorages
 from ._replay import Described, Replay, Storage, UnclearError, describe, fresh
 from ._sizes import Affine, Symbols, at, fit
+from ._strides import order_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ._strides import Order
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class TensorFacts:
     dtype: str
     requires_grad: bool
     contiguous: bool
+    order: Order
 
 
 @dataclass(slots=True)
@@ -170,8 +174,9 @@ def _replayed(
             known[output] = done.result if output is node else done.result[output.args[1]]
     for node, value in known.items():
         if isinstance(value, Described):
+            order = order_of(value.size, value.stride)
             dtype = str(value.dtype).removeprefix("torch.")
-            run.tensors[node] = TensorFacts(dtype, value.requires_grad, value.contiguous)
+            run.tensors[node] = TensorFacts(dtype, value.requires_grad, value.contiguous, order)
     return run
 
 
@@ -188,7 +193,8 @@ def _run(
     for node, example in zip(inputs, examples, strict=True):
         shape = [at(length, rows) for length in symbols.shape(node.meta["val"])]
         with mode:
-            fake = torch.empty(shape, dtype=example.dtype, device=example.device)
+            order = order_of(example.shape, example.stride())
+            fake = torch.empty_permuted(shape, order, dtype=example.dtype, device=example.device)
         known[node] = fake.requires_grad_(example.requires_grad)
     state = [node for node in module.graph.nodes if node.op == "get_attr" and is_value(node)]
     for node in state:
@@ -254,7 +260,10 @@ def _operator(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], 
 
 def _facts(value: torch.Tensor) -> TensorFacts:
     return TensorFacts(
-        str(value.dtype).removeprefix("torch."), value.requires_grad, value.is_contiguous()
+        str(value.dtype).removeprefix("torch."),
+        value.requires_grad,
+        value.is_contiguous(),
+        order_of(value.shape, value.stride()),
     )
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from ._arguments import Arguments
 from ._dependence import Dependence
 from ._sizes import Affine, fit
+from ._strides import order_of
 from ._structure import Structure, flatten
 from .errors import CaptureError, ExecutionError
 from .guards import lifted
@@ -102,6 +103,18 @@ class Observation:
     steady: frozenset[int]
     flops: int
     saved_bytes: int
+
+
+class UnclearSizesError(CaptureError):
+    """Occurs when the sizes of what a part gives do not follow from the number of rows."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(
+            f"the sizes of what `{site.name}` gives depend on what its tensors hold",
+            "pad what it gives to a size that does not depend on what tensors hold: "
+            "`pad_packed_sequence` takes `total_length`, `bincount` takes `minlength`",
+        )
+        self.site = site
 
 
 class Site:
@@ -319,7 +332,18 @@ class Opaque(torch.nn.Module):
         with lifted(), self.site.with_state(state, self._state_written):
             result = self.site.function(*args, **kwargs)
         outputs, _, _ = flatten(result, unknown=_nothing, root="result")
+        self._check_sizes(inputs, outputs)
         return outputs
+
+    def _check_sizes(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Refuses other sizes than capture has told: what follows may have made use of them."""
+        if self.site.modules and not self.site.modules[0][0]:
+            return  # it is the whole model, and nothing follows
+        rows = self._rows(inputs)
+        for index, output in enumerate(outputs):
+            expected = [self._size(index, dim, rows) for dim in range(output.dim())]
+            if list(output.shape) != expected:
+                raise UnclearSizesError(self.site)
 
     def without_data(
         self, inputs: list[torch.Tensor], state: list[torch.Tensor]
@@ -330,7 +354,8 @@ class Opaque(torch.nn.Module):
         results = []
         for index, seen in enumerate(self.runs[0].outputs):
             shape = [self._size(index, dim, rows) for dim in range(seen.dim())]
-            result = torch.empty(shape, dtype=seen.dtype, device=seen.device)
+            order = order_of(seen.shape, seen.stride())
+            result = torch.empty_permuted(shape, order, dtype=seen.dtype, device=seen.device)
             if gradient and seen.requires_grad and torch.is_grad_enabled():
                 result = result.requires_grad_().clone()
             results.append(result)
@@ -372,8 +397,7 @@ class Opaque(torch.nn.Module):
             return sizes[0]
         growth, uneven = divmod(sizes[1] - sizes[0], self.runs[1].rows - self.runs[0].rows)
         if uneven:
-            message = f"the sizes of what `{self.site.name}` gives depend on what it is given"
-            raise CaptureError(message)
+            raise UnclearSizesError(self.site)
         return growth * rows + (sizes[0] - growth * self.runs[0].rows)
 
 

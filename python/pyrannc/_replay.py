@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ._flat import Scope, Scoped, attribute, is_value, written_arguments
 from ._opaque import FlopCounter, Opaque
+from ._strides import order_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -315,7 +316,8 @@ def describe(tensor: torch.Tensor, storages: dict[int, Storage]) -> Described:
 
 def fresh(size: list[int], like: torch.Tensor) -> Described:
     """The description of a dense tensor of its own."""
-    made = torch.empty(size, dtype=like.dtype, device="meta")
+    order = order_of(like.shape, like.stride())
+    made = torch.empty_permuted(size, order, dtype=like.dtype, device="meta")
     described = Described.of(made, Storage(made.untyped_storage().nbytes()))
     described.device = like.device
     described.requires_grad = like.requires_grad

@@ -11,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from ._core import ValueInfo
+    from ._strides import Order
 
 
 def num_rows(tensor: torch.Tensor, value: ValueInfo) -> int:
@@ -46,11 +47,12 @@ def add_rows(
         whole.add_(part)
 
 
-def empty(value: ValueInfo, rows: int, device: torch.device) -> torch.Tensor:
-    """Memory for ``rows`` rows of a value."""
-    return torch.empty(value.shape(rows), dtype=getattr(torch, value.dtype), device=device)
+def empty(value: ValueInfo, rows: int, order: Order, device: torch.device) -> torch.Tensor:
+    """Memory for ``rows`` rows of a value, with its dimensions in this order."""
+    shape, dtype = value.shape(rows), getattr(torch, value.dtype)
+    return torch.empty_permuted(shape, order, dtype=dtype, device=device)
 
 
-def zeros(value: ValueInfo, rows: int, device: torch.device) -> torch.Tensor:
+def zeros(value: ValueInfo, rows: int, order: Order, device: torch.device) -> torch.Tensor:
     """``rows`` rows of zeros."""
-    return torch.zeros(value.shape(rows), dtype=getattr(torch, value.dtype), device=device)
+    return empty(value, rows, order, device).zero_()

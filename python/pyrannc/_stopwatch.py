@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyrannc._strides import ordered
 from pyrannc.cluster import synchronize
 from pyrannc.stage import build_stage
 
@@ -133,9 +134,10 @@ class Stopwatch:
             for size in description["shape"]
         ]
         dtype: torch.dtype = getattr(torch, description["dtype"])
+        order = self._captured.orders[value]
         if not dtype.is_floating_point and not dtype.is_complex:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-        made = torch.randn(shape, device=self._device).to(dtype)
+            return torch.empty_permuted(shape, order, dtype=dtype, device=self._device).zero_()
+        made = ordered(torch.randn(shape, device=self._device).to(dtype), order)
         return made.requires_grad_(description["requires_grad"])
 
     def _repeat(self, work: _Work, enough: Enough) -> Times:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ._obstacles import Obstacle
     from ._places import Place
     from ._side_effects import Left
+    from ._strides import Order
 
 
 _EXPORTED_NAME = "model."
@@ -60,6 +61,7 @@ class Captured:
         node_by_key: operators by their keys in the graph.
         value_names: names of the values, by id.
         value_nodes: the values as nodes of `module`, by id.
+        orders: how the values lie in memory, by id.
         state: parameters, buffers and constants by qualified name.
         denominators: what each process computes from its inputs before a step; the sums over
             all processes are the stages' denominators.
@@ -76,6 +78,7 @@ class Captured:
     node_by_key: dict[str, fx.Node]
     value_names: list[str]
     value_nodes: list[fx.Node]
+    orders: list[Order]
     state: dict[str, torch.Tensor]
     denominators: list[Denominator]
     static_rows: int | None
@@ -283,6 +286,7 @@ def _captured(
         node_by_key=file.node_by_key,
         value_names=[value["name"] for value in file.values],
         value_nodes=file.value_nodes,
+        orders=file.orders,
         state=_state(module),
         denominators=rewriter.denominators,
         static_rows=rows if program.static_reason is not None else None,

@@ -25,6 +25,7 @@ from ._places import reveal
 from ._remarks import uncaptured, unsplit
 from ._snapshot import UnsettledError, unchanged
 from ._stated import check_stated
+from ._strides import order_of, ordered
 from ._structure import flatten
 from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
@@ -50,6 +51,7 @@ from .variants import Kind, Mode, Variant, Variants, holders_beyond
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ._strides import Order
     from .config import Config
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,7 @@ class Deployment:
         self.accumulation = Accumulation(self.comm, self.parameters)
         self.accumulation.watch()
         self.deployed = False
+        self._orders: dict[str, Order] = {}  # of parameters and buffers
         self._anchor = torch.zeros((), requires_grad=True)
 
     def _deploy(
@@ -196,7 +199,9 @@ class Deployment:
     def _take_part(self) -> None:
         """Takes rank 0's values of what this rank holds, and frees the rest."""
         for name, tensor in [*self.parameters.items(), *self.buffers.items()]:
-            tensor.data = self.comm.broadcast(tensor.detach().to(self.comm.device).contiguous(), 0)
+            self._orders[name] = order_of(tensor.shape, tensor.stride())
+            given = self.comm.broadcast(tensor.detach().to(self.comm.device).contiguous(), 0)
+            tensor.data = ordered(given, self._orders[name])
             if isinstance(tensor, torch.nn.Parameter):
                 self._leave_to_holders(name, tensor)
         if self.whole_optimizer is not None:
@@ -385,6 +390,8 @@ class Deployment:
         # Some that seemed to hold rows may not.
         common = self._common(tensors, paths, frozenset(captured.batch_inputs))
         self._compare(captured, graph, common)
+        # Both ends of a transfer must know how a tensor lies in memory: as on rank 0.
+        captured.orders[:] = self.comm.broadcast_object(captured.orders)
         self._warn(captured, graph)
         return captured, graph
 
@@ -469,7 +476,9 @@ class Deployment:
         groups = placement.gradient_groups
         replicas = {i: placement.stages[i].ranks.index(self.comm.rank) for i in stages}
         own = streams.Streams(self.comm.device, replicas, captured.draws)
-        executor = Executor(self.comm, stages, graph.values, groups, self.sharding, own)
+        executor = Executor(
+            self.comm, stages, graph.values, captured.orders, groups, self.sharding, own
+        )
         reduction = Reduction.of(executor, placement)
         talking = synchronized_stages(captured, placement)
         announcement = Announcement.of(self.comm, stages, captured.state)
@@ -488,6 +497,7 @@ class Deployment:
             full = self.holders.everywhere(name, parameter, parameter) if needs_values else None
             if not self.holders.is_local(name):
                 remote.restore_storage(parameter, full)
+                parameter.data = ordered(parameter.data, self._orders[name])
         try:
             with self.sharding.whole(), self.sharding.shaped(values=needs_values):
                 yield
@@ -540,6 +550,7 @@ def _repeat_rows(arguments: Any, rows: int | None, total: int) -> Any:
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != rows:
             return tensor
         repeated = tensor.detach()[torch.arange(total, device=tensor.device) % rows]
+        repeated = ordered(repeated, order_of(tensor.shape, tensor.stride()))
         return repeated.requires_grad_(tensor.requires_grad)
 
     return pytree.tree_map(repeat, arguments)

@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from . import _slices
 from ._autocast import no_autocast
 from ._buckets import buckets
+from ._strides import inverse, is_dense, ordered
 from .batch_norm import Companions
 from .buffers import BufferUpdates
 from .errors import ExecutionError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
 
     from ._core import Action, Slot, ValueInfo
+    from ._strides import Order
     from .comm import Communicator, Received
     from .sharding import Sharding
     from .stage import Stage, StageModule
@@ -86,6 +88,7 @@ class Executor:
         comm: this rank's connections.
         stages: the stages this rank holds a replica of, by number.
         values: what is known of each tensor of the graph, by id.
+        orders: how each lies in memory.
         groups: for each gradient group its ranks and the names of its parameters.
         sharding: which parameters are divided between ranks.
         streams: the random numbers of the stages.
@@ -94,6 +97,7 @@ class Executor:
     comm: Communicator
     stages: dict[int, Stage]
     values: Sequence[ValueInfo]
+    orders: Sequence[Order]
     groups: Sequence[tuple[list[int], list[str]]]
     sharding: Sharding
     streams: Streams
@@ -290,15 +294,16 @@ class Executor:
                 step.gradients[name] = part
 
     def _send(self, action: Action, step: Step) -> None:
-        piece = self._piece(step, action)
-        self.comm.send(piece.contiguous(), action.peer)
+        order = self.orders[action.slot.value]
+        self.comm.send(self._piece(step, action).permute(order).contiguous(), action.peer)
 
     def _receive(self, action: Action, step: Step) -> None:
         value = self.values[action.slot.value]
         rows = (
             action.total if action.slot_rows is None else action.slot_rows[1] - action.slot_rows[0]
         )
-        buffer = _slices.empty(value, rows, self.comm.device)
+        order = self.orders[action.slot.value]
+        buffer = _slices.empty(value, rows, order, self.comm.device).permute(order)
         arriving = _Arriving(self.comm.receive(buffer, action.peer), action.slot_rows, action.total)
         step._arriving.setdefault(action.slot, []).append(arriving)
 
@@ -313,7 +318,9 @@ class Executor:
             self._drop(step, action.slot)
         if action.slot_rows is None:
             return tensor
-        return _slices.cut_rows(tensor, self.values[action.slot.value], *action.slot_rows)
+        value = action.slot.value
+        piece = _slices.cut_rows(tensor, self.values[value], *action.slot_rows)
+        return piece if piece is tensor else ordered(piece, self.orders[value])
 
     def _deposit(
         self,
@@ -330,7 +337,10 @@ class Executor:
         if slot not in step._owned:
             # What became the slot whole may still be its sender's: never add to it in place.
             value = self.values[slot.value]
-            held = _slices.zeros(value, total, piece.device) if held is None else held.clone()
+            order = self.orders[slot.value]
+            held = (
+                _slices.zeros(value, total, order, piece.device) if held is None else held.clone()
+            )
             step.slots[slot] = held
             step._owned.add(slot)
         assert held is not None
@@ -341,7 +351,8 @@ class Executor:
 
     def _assembled(self, step: Step, slot: Slot) -> torch.Tensor | None:
         for piece in step._arriving.pop(slot, ()):
-            self._deposit(step, slot, piece.received.wait(), piece.rows, piece.total)
+            received = piece.received.wait().permute(inverse(self.orders[slot.value]))
+            self._deposit(step, slot, received, piece.rows, piece.total)
         return step.slots.get(slot)
 
     def _take(self, step: Step, slot: Slot) -> torch.Tensor | None:
@@ -356,8 +367,12 @@ class Executor:
     def _take_or_zeros(self, step: Step, slot: Slot, rows: int) -> torch.Tensor:
         tensor = self._take(step, slot)
         if tensor is None:  # a sum that nobody contributed to
-            tensor = _slices.zeros(self.values[slot.value], rows, self.comm.device)
+            tensor = self.zeros(slot.value, rows)
         return tensor
+
+    def zeros(self, value: int, rows: int) -> torch.Tensor:
+        """``rows`` rows of zeros for a value."""
+        return _slices.zeros(self.values[value], rows, self.orders[value], self.comm.device)
 
     def _reduce_gradients(self, group: int, step: Step) -> None:
         ranks, names = self.groups[group]
@@ -386,8 +401,10 @@ class Executor:
         slot = action.slot
         partial = self._assembled(step, slot)
         if partial is None:
-            partial = _slices.zeros(self.values[slot.value], 0, self.comm.device)
-        step.slots[slot] = self.comm.all_reduce(partial.contiguous().clone())
+            partial = self.zeros(slot.value, 0)
+        order = self.orders[slot.value]
+        total = self.comm.all_reduce(partial.permute(order).contiguous().clone())
+        step.slots[slot] = total.permute(inverse(order))
 
 
 @contextlib.contextmanager
@@ -424,7 +441,7 @@ def _collecting(
 def _own(gradient: torch.Tensor, seen: set[int]) -> torch.Tensor:
     """The gradient as a dense tensor that shares no memory with anything in ``seen``."""
     storage = gradient.untyped_storage()
-    own = gradient.is_contiguous() and storage.nbytes() == gradient.nbytes
-    if own and storage.data_ptr() not in seen:
+    own = is_dense(gradient)
+    if own and storage.nbytes() == gradient.nbytes and storage.data_ptr() not in seen:
         return gradient
-    return gradient.clone(memory_format=torch.contiguous_format)
+    return gradient.clone()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from . import _slices
 from ._core import Slot
 from ._reach import differ
+from ._strides import ordered
 from .errors import RaNNCError
 
 if TYPE_CHECKING:
@@ -130,8 +130,9 @@ class Finish:
         """Weights by this rank's share of the rows when the user's loss is a mean over its rows."""
         share = self.share(value)
         if share == 0:  # a mean of nothing, whose gradient may be no number
-            return torch.zeros_like(seed, memory_format=torch.contiguous_format)
-        return seed.contiguous() if share == 1 else seed * share
+            return torch.zeros_like(seed)
+        dense = ordered(seed, self.variant.executor.orders[value])
+        return dense if share == 1 else dense * share
 
     def share(self, value: int) -> float:
         """What a mean over this rank's rows counts for in the mean over all."""
@@ -158,7 +159,7 @@ class Finish:
         gradient = self.variant.executor.collect(self.step, Slot.source(value, gradient=True))
         if gradient is None:
             rank = self.runtime.comm.rank
-            return _slices.zeros(info, self.arrival.rows[rank], self.runtime.comm.device)
+            return self.variant.executor.zeros(value, self.arrival.rows[rank])
         gradient = gradient if scale is None else gradient * scale
         shares = {finish.share(output) for finish, output in sources}
         if len(shares) > 1:

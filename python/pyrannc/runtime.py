@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import _core, _slices, hooks, streams
+from . import _core, hooks, streams
 from ._common import CommonValues
 from ._core import Slot
+from ._strides import in_order
 from ._structure import flatten
 from ._wrapper import not_looked_into
 from .capture import argument_names, batch_size, input_signature
@@ -104,7 +105,7 @@ class Runtime(Deployment):
         step.companions = self._companions(variant, program)
         counting = self._counting(variant, inputs)
         for value, tensor in zip(variant.graph.inputs, counting, strict=True):
-            step.slots[Slot.source(value)] = tensor
+            step.slots[Slot.source(value)] = in_order(tensor, variant.captured.orders[value])
         if program.fused:
             self._seed(variant, step, scale)
         variant.executor.run(program.forward(self.comm.rank), step)
@@ -235,7 +236,7 @@ class Runtime(Deployment):
         for value in set(variant.graph.outputs):
             tensor = variant.executor.collect(step, Slot.sink(value))
             if tensor is None:
-                tensor = _slices.zeros(variant.executor.values[value], 0, self.comm.device)
+                tensor = variant.executor.zeros(value, 0)
             found[value] = tensor.clone() if value in inputs else tensor
         return [found[value] for value in variant.graph.outputs]
 

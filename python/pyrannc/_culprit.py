@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as module_hooks
 
 from . import _host_random
@@ -62,12 +63,12 @@ class Tracker:
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         del args
         self._note_draws()
-        self.running.append(module)
+        self.running.append(_itself(module))
 
     def _leave(self, module: torch.nn.Module, args: Any, result: Any) -> None:
         del args, result
         self._note_draws()
-        while self.running and self.running.pop() is not module:
+        while self.running and self.running.pop() is not _itself(module):
             pass
 
     def _note_draws(self) -> None:
@@ -77,6 +78,12 @@ class Tracker:
         if now != self._drawn and self.running:
             self.drawing.append(self.running[-1])
         self._drawn = now
+
+
+def _itself(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that the exporter has another one stand for, if it has several names."""
+    standing_in = getattr(proxy_tensor, "_AttrProxy", ())
+    return module.get_base() if isinstance(module, standing_in) else module
 
 
 class Sites:

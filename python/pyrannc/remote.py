@@ -67,7 +67,9 @@ class _Remote:
         if not isinstance(target, _Remote):
             raise _refusal_for(name, (args, kwargs))
         if name in _DRAWS:
-            _plainly(func, (torch.empty(target.shape, dtype=target.dtype), *args[1:]), kwargs)  # type: ignore[attr-defined]
+            outline: Any = target
+            drawn = torch.empty(outline.shape, dtype=outline.dtype, device=outline.device)
+            _plainly(func, (drawn, *args[1:]), kwargs)
         return target
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -287,13 +287,15 @@ class Site:
         """Stands for the call during export.
 
         Raises:
-            ValueError: when it is given a number that a tensor holds, so that the part around it
-                has to be left whole.
+            ValueError: when it is given a number that a tensor holds, or other tensors than in the
+                real runs, so that the part around it has to be left whole.
         """
         if any(isinstance(leaf, _NUMBERS) for leaf in pytree.tree_leaves((args, kwargs))):
             raise ValueError(f"`{self.name}` is given a number that depends on a tensor")
         tensors, _, arguments = flatten((args, kwargs))
         runs = [calls[self._next_call] for calls in self._observed.values()]
+        if any(len(run.inputs) != len(tensors) for run in runs):
+            raise ValueError(f"`{self.name}` is given other tensors when it runs")
         self._next_call += 1
         call = Opaque(self, arguments, runs)
         name = f"call_{next(_numbers)}"

@@ -390,6 +390,10 @@ def _unknown_sizes(module: fx.GraphModule) -> list[str]:
     paths: list[str] = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
+        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+            # Though the exporter may take a size that it does not know for the only fitting one.
+            paths.append(module_path(node, "model."))
+            continue
         sizes: list[Any] = [size for t in _tensors(value) for size in t.shape]
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             sizes.append(value)

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from ._opaque import NAMESPACE, Opaque
+from ._program_place import called_at
 from ._sizes import ROWS, depends_on_rows, expression_text, size
 from .errors import CaptureError
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from ._export import Program
 
 aten = torch.ops.aten
+
+CALLED_AT = "called_at"
+"""Where in the `meta` of an operator's node its place in the program is."""
 
 _GRAD_REGION = "wrap_with_set_grad_enabled"
 _AUTOCAST_REGION = "wrap_with_autocast"
@@ -283,13 +287,15 @@ class Flattener:
         target: Any = aten.squeeze.dims if same is not None else node.target
         if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
             target = self._opaque_calls[target._schema.name.partition("::")[2]]
-        return self.add_operator(
+        copied = self.add_operator(
             Operator(target, module_path(node, self._prefix), scope if scope != Scope() else None),
             args,
             kwargs,
             node.meta.get("val"),
             name=node.name,
         )
+        copied.meta[CALLED_AT] = called_at(node)
+        return copied
 
     def add_operator(
         self,

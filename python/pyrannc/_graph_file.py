@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from ._flat import (
     tensors_read,
 )
 from ._layout import NONE, WHOLE, Layout, Split, in_json
+from ._opaque import Opaque
 from ._rows import RowAnalysis, is_random
 from ._sizes import affine
 from ._snapshot import written_to
@@ -61,6 +63,7 @@ class GraphFile:
         self._program = program
         self._ids: dict[fx.Node, int] = {}
         self._used_names: set[str] = set()
+        self._num_named: dict[str, int] = {}
         self._ordinals: dict[tuple[str, str], int] = {}
         self._nodes: list[dict[str, Any]] = []
         self._kinds = _kinds(model)
@@ -121,6 +124,13 @@ class GraphFile:
             }
         )
 
+    def _numbered(self, node: fx.Node) -> str:
+        """The exporter's name with a number that counts from the first in this graph."""
+        stem = re.sub(r"(_\d+)+$", "", node.name)
+        number = self._num_named.get(stem, 0)
+        self._num_named[stem] = number + 1
+        return f"{stem}_{number}" if number else stem
+
     def _layout(self, node: fx.Node) -> Layout:
         return self._analysis.layouts.get(node, NONE if node.op == "get_attr" else WHOLE)
 
@@ -134,7 +144,7 @@ class GraphFile:
 
     def _add_operator(self, node: fx.Node, what: Operator) -> None:
         for output in outputs_of(node):
-            self._add_value(output, "activation", output.name)
+            self._add_value(output, "activation", self._numbered(output))
         ordinal = self._ordinals.get((what.module, what.name), 0)
         self._ordinals[what.module, what.name] = ordinal + 1
         key = f"{what.module}/{what.name}#{ordinal}"
@@ -200,7 +210,8 @@ class GraphFile:
 
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), described)
         scope = f" in {what.scope}" if what.scope is not None else ""
-        text = f"{what.name}{args!r}{kwargs!r}{scope}"
+        plain = what.target.plain_arguments if isinstance(what.target, Opaque) else ""
+        text = f"{what.name}{args!r}{kwargs!r}{plain}{scope}"
         if len(text) <= 200:
             return text
         return f"{what.name}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

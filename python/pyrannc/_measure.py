@@ -101,10 +101,7 @@ def measure(
     replay = Replay()
 
     def run(number: int) -> _Run:
-        try:
-            return _replayed(module, inputs, examples, symbols, number, replay)
-        except UnclearError:
-            return _run(module, inputs, examples, symbols, number)
+        return _replayed_or_run(module, inputs, examples, symbols, number, replay)
 
     first = run(rows[0])
     try:
@@ -132,6 +129,35 @@ def measure(
         if isinstance(call, Opaque):
             known.flops, known.saved_bytes = call.flops, call.saved_bytes
     return Measurements(first.tensors, operators)
+
+
+def memory(
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    examples: list[torch.Tensor],
+    symbols: Symbols,
+    rows: int,
+) -> dict[fx.Node, tuple[list[fx.Node], list[fx.Node]]]:
+    """For each operator the arguments that its results share memory with, and those it writes to.
+
+    The arguments are those of :func:`measure`.
+    """
+    run = _replayed_or_run(module, inputs, examples, symbols, rows, Replay())
+    return {node: (aliases, run.writes[node]) for node, aliases in run.aliases.items()}
+
+
+def _replayed_or_run(
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    examples: list[torch.Tensor],
+    symbols: Symbols,
+    rows: int,
+    replay: Replay,
+) -> _Run:
+    try:
+        return _replayed(module, inputs, examples, symbols, rows, replay)
+    except UnclearError:
+        return _run(module, inputs, examples, symbols, rows)
 
 
 def _replayed(

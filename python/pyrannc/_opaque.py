@@ -364,6 +364,11 @@ class Opaque(torch.nn.Module):
         return results
 
     @property
+    def plain_arguments(self) -> str:
+        """What it is given apart from tensors."""
+        return self._arguments.describe(lambda _: "tensor")
+
+    @property
     def flops(self) -> Affine:
         """Floating-point operations."""
         return self._line([run.flops for run in self.runs])

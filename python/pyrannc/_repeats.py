@@ -27,6 +27,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils import _pytree as pytree
 
+from ._program_place import RAN_AT, place_now
 from ._progress import progress
 
 if TYPE_CHECKING:
@@ -105,15 +106,27 @@ def traced_once(*, views: bool) -> Iterator[Repeats]:
     original = proxies.proxy_call
     with progress("capturing", "operators") as bar:
 
-        def call(*args: Any) -> Any:
+        def call(mode: Any, *args: Any) -> Any:
             bar.update()
-            return tracer.call(*args)
+            graph = mode.tracer.graph
+            last = graph._root._prev
+            result = tracer.call(mode, *args)
+            _note_place(graph, last)
+            return result
 
         setattr(proxies, "proxy_call", call)  # noqa: B010
         try:
             yield repeats
         finally:
             setattr(proxies, "proxy_call", original)  # noqa: B010
+
+
+def _note_place(graph: torch.fx.Graph, last: torch.fx.Node) -> None:
+    """Notes on the nodes that a graph has got since the last one where in the program it is."""
+    place, node = place_now(), graph._root._prev
+    while node is not last and node is not graph._root:
+        node.meta[RAN_AT] = place
+        node = node._prev
 
 
 class _Tracer:

@@ -26,10 +26,12 @@ from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
 from ._lazy import compiled_when_called
 from ._losses import Denominator, Rewriter
-from ._measure import OneBatchSizeError, measure
+from ._measure import OneBatchSizeError, measure, memory
 from ._opaque import Opaque
+from ._order import put_in_order
 from ._places import revealed
 from ._rows import RowAnalysis, analyse, is_random
+from ._side_effects import Left
 from ._sizes import ROWS
 from ._stated import state
 from ._structure import Structure, flatten
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from ._arguments import ArgumentChanges
     from ._obstacles import Obstacle
     from ._places import Place
-    from ._side_effects import Left
     from ._strides import Order
 
 
@@ -258,6 +259,13 @@ def _captured(
     flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
     with compiled_when_called():
         module = flat.module(type(model).__name__)
+    put_in_order(
+        module,
+        flat.inputs,
+        {name for name, _ in [*model.named_parameters(), *model.named_buffers()]},
+        lambda: memory(module, flat.inputs, tensors, program.symbols, program.rows),
+        keeps=program.left != Left(),
+    )
     layouts = _input_layouts(flat, program)
     analysis = _analysis(flat, module, layouts, program)
     if stated is not None and program.dynamic:

@@ -23,6 +23,7 @@ from ._first_call import is_unfinished, settle
 from ._form import Form
 from ._places import reveal
 from ._remarks import uncaptured, unsplit
+from ._same_graph import first_difference
 from ._snapshot import UnsettledError, unchanged
 from ._stated import check_stated
 from ._strides import order_of, ordered
@@ -409,8 +410,7 @@ class Deployment:
             common.refuse(self.comm, lambda paths: argument_names(self.model, paths))
         told = self._form.differences(self.comm)
         if not told and any(other[0] != seen[0][0] for other in seen):
-            prints = ", ".join(f"rank {rank}: {text}" for rank, (text, *_) in enumerate(seen))
-            told = f"the fingerprints of their graphs are {prints}"
+            told = first_difference(self.comm, graph)
         elif not told:
             names = {name for _, own, _ in seen for name, _ in own.items() ^ seen[0][1].items()}
             differing = min(names).removeprefix("model.")
@@ -418,7 +418,8 @@ class Deployment:
         raise MismatchError(
             f"the ranks were given different models: {told}",
             hint="build the same model with the same arguments on every rank, and change its "
-            "attributes and hooks on all ranks together",
+            "attributes and hooks on all ranks together; where the order counts in which its code "
+            "goes through a set, which differs between processes, go through `sorted(...)`",
         )
 
     def _common(

@@ -80,6 +80,32 @@ impl StageMemory {
         ];
         parts.into_iter().fold(0, u64::saturating_add)
     }
+
+    /// What a device takes that holds two stages: it works on one at a time.
+    #[must_use]
+    pub fn beside(&self, other: &Self) -> Self {
+        Self {
+            parameters: self.parameters.saturating_add(other.parameters),
+            gradients: self.gradients.saturating_add(other.gradients),
+            optimizer: self.optimizer.saturating_add(other.optimizer),
+            activations: self.activations.saturating_add(other.activations),
+            working: self.working.max(other.working),
+            buffers: self.buffers.saturating_add(other.buffers),
+        }
+    }
+
+    /// The same without so many bytes of parameters and buffers, and of trained parameters with their
+    /// gradients and optimizer state.
+    #[must_use]
+    pub fn without(&self, state: u64, trained: u64, training: &Training) -> Self {
+        let optimizer = scale(trained, training.optimizer_state_factor_ppm, 1_000_000);
+        Self {
+            parameters: self.parameters.saturating_sub(state),
+            gradients: self.gradients.saturating_sub(trained),
+            optimizer: self.optimizer.saturating_sub(optimizer),
+            ..*self
+        }
+    }
 }
 
 impl StageSizes {

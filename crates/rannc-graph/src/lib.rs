@@ -9,6 +9,7 @@ mod error;
 mod file;
 mod graph;
 mod id;
+mod order;
 mod query;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -17,4 +18,5 @@ pub use affine::Affine;
 pub use error::GraphError;
 pub use graph::{Batch, Graph, Node, Rows, Value, ValueKind};
 pub use id::{NodeId, ValueId};
+pub use order::{Scope, Step, canonical_order};
 pub use query::{Cut, Users};

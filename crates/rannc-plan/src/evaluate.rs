@@ -7,7 +7,7 @@ use fixedbitset::FixedBitSet;
 use rannc_cost::{
     Classes, Cluster, DeviceCosts, ScheduleKind, Sharding, StageMemory, StageSizes, is_trained,
 };
-use rannc_graph::{Graph, NodeId, Users};
+use rannc_graph::{Graph, NodeId, Users, ValueId};
 use rannc_partition::{Arrangement, Candidate, Options, StageCandidate};
 use rannc_schedule::{
     Batch, GradientGroup, Memory, Mode, Program, RankId, Shared, StageId, Timeline, Timing,
@@ -299,7 +299,7 @@ impl<'a> Evaluator<'a> {
             let mut by_rows: BTreeMap<u64, StageMemory> = BTreeMap::new();
             for (replica, &rank) in stage.ranks.iter().enumerate() {
                 let rows = self.rows(candidate, stage, replica);
-                memory[rank as usize] = *by_rows.entry(rows).or_insert_with(|| {
+                let own = by_rows.entry(rows).or_insert_with(|| {
                     let replicas = stage.ranks.len() as u64;
                     self.sizes(stage, rows, &tied).memory(
                         in_flight,
@@ -308,7 +308,12 @@ impl<'a> Evaluator<'a> {
                         replicas,
                     )
                 });
+                memory[rank as usize] = memory[rank as usize].beside(own);
             }
+        }
+        for (rank, (state, trained)) in held_again(self.graph, &candidate.stages) {
+            let all = &mut memory[rank as usize];
+            *all = all.without(state, trained, &self.options.training);
         }
         memory
     }
@@ -446,6 +451,33 @@ fn tied(graph: &Graph, stages: &[StageCandidate]) -> FixedBitSet {
         }
     }
     tied
+}
+
+/// For ranks of several stages, the bytes of parameters and buffers, and of trained parameters, that
+/// later stages read as well as earlier ones: a rank holds them once.
+fn held_again(graph: &Graph, stages: &[StageCandidate]) -> BTreeMap<u32, (u64, u64)> {
+    let mut stages_of: BTreeMap<u32, Vec<&StageCandidate>> = BTreeMap::new();
+    for stage in stages {
+        stage.ranks.iter().for_each(|&rank| stages_of.entry(rank).or_default().push(stage));
+    }
+    let mut again = BTreeMap::new();
+    for (rank, stages) in stages_of.into_iter().filter(|(_, stages)| stages.len() > 1) {
+        let mut held = FixedBitSet::with_capacity(graph.values().len());
+        let (mut state, mut trained) = (0_u64, 0_u64);
+        for stage in stages {
+            let read = stage.nodes.ones().flat_map(|node| &graph.nodes()[node].inputs);
+            let mut own = FixedBitSet::with_capacity(graph.values().len());
+            own.extend(read.filter(|&&id| graph.value(id).is_state()).map(|id| id.index()));
+            for id in own.intersection(&held).map(ValueId::new) {
+                let bytes = graph.value(id).bytes(1);
+                state = state.saturating_add(bytes);
+                trained = trained.saturating_add(if is_trained(graph, id) { bytes } else { 0 });
+            }
+            held.union_with(&own);
+        }
+        again.insert(rank, (state, trained));
+    }
+    again
 }
 
 /// A stage, a class of devices and a number of rows.

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::graph::{Graph, ValueInfo};
+    use crate::graph::{Graph, ValueInfo, canonical_order};
     #[pymodule_export]
     use crate::plan::{PlacedStage, PlacedUnit, Placement, Plan, plan};
     #[pymodule_export]

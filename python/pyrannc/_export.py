@@ -36,7 +36,7 @@ from ._transforms import transforms_seen
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ._arguments import ArgumentChanges
     from ._opaque import Opaque
@@ -56,7 +56,7 @@ class Program:
         state: the parameters, buffers and constants that it reads as attributes but does not have.
         symbols: translates its sizes.
         rows: the number of rows it was exported with.
-        batch_inputs: positions of the tensors that hold rows.
+        batch_inputs: positions of the tensors that hold rows, and in which dimension.
         results: the structure of what the model returns.
         arguments: what a call changes in its arguments, made of its further results.
         opaque_calls: parts that are called as they are, by the name of their operator.
@@ -70,7 +70,7 @@ class Program:
     state: dict[str, Any]
     symbols: Symbols
     rows: int
-    batch_inputs: set[int]
+    batch_inputs: dict[int, int]
     results: Structure
     arguments: ArgumentChanges
     opaque_calls: dict[str, Opaque]
@@ -92,6 +92,7 @@ def export(
     rows: int,
     static_reason: str | None = None,
     opaque: Iterable[str] = (),
+    row_dims: Mapping[int, int] | None = None,
 ) -> Program:
     """Exports a model for tensors like these.
 
@@ -103,16 +104,22 @@ def export(
             them otherwise.
         static_reason: why only this batch size should be tried, if so.
         opaque: submodules to be called as they are.
+        row_dims: positions of the tensors that may hold rows, and in which dimension; those of
+            other dimensions than the first do only where the model needs it.
     """
     flat = FlatModel(model, arguments)
-    candidates = {i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows}
+    candidates = dict(row_dims_by_size(tensors, rows) if row_dims is None else row_dims)
     exporter = _Exporter(model, flat, candidates)
     for path in opaque:
         exporter.sites.add_module(model.get_submodule(path))
     if static_reason is None:
         # Sizes 0 and 1 are taken as constants by the exporter.
         module, state = exporter.export(tensors, max(rows, 2), dynamic=True)
-        symbols = _batch_symbols(module)
+        symbols = _batch_symbols(module, candidates)
+        unrelated = _unrelated(symbols, candidates)
+        if unrelated:
+            others = {i: dim for i, dim in candidates.items() if i not in unrelated}
+            return export(model, tensors, arguments, rows, None, opaque, others)
         static_reason = "the model is written for one batch size"
         if symbols:
             static_reason = _restriction(module, set(symbols.values()))
@@ -125,7 +132,7 @@ def export(
                 state,
                 table,
                 exported_rows,
-                set(symbols),
+                {position: candidates[position] for position in symbols},
                 flat.results,
                 flat.arguments,
                 calls,
@@ -143,7 +150,7 @@ def export(
         state,
         symbols_of_none,
         rows,
-        candidates,
+        {position: dim for position, dim in candidates.items() if dim == 0},
         flat.results,
         flat.arguments,
         calls,
@@ -166,7 +173,7 @@ class _Exporter:
         self,
         model: torch.nn.Module,
         flat: FlatModel,
-        candidates: set[int],
+        candidates: dict[int, int],
     ) -> None:
         self.sites = Sites(model)
         self.left = self._left_by_sites = Left()
@@ -192,7 +199,7 @@ class _Exporter:
             traced = self._traced(tracker, self._copies(tensors, rows), candidates)
             return self._flat.changes, _text(*traced)
 
-        candidates = self._candidates if dynamic else set()
+        candidates = self._candidates if dynamic else {}
         if self.sites:
             self._observe(tensors, rows)
         cause: Exception | None = None
@@ -203,7 +210,7 @@ class _Exporter:
                 with unknown_numbers() as places:
                     module, state = self._traced(tracker, copies, candidates)
                 drawing = self._drawing(tensors, rows, candidates) if tracker.drew else []
-                unknown = _unknown_sizes(module)
+                unknown = _unknown_sizes(module, candidates)
                 if not unknown and not drawing:
                     self._check_outside(outside, again)
                     changes = self._flat.changes
@@ -229,7 +236,7 @@ class _Exporter:
                 raise refusal from cause
 
     def _traced(
-        self, tracker: Tracker, tensors: list[torch.Tensor], candidates: set[int]
+        self, tracker: Tracker, tensors: list[torch.Tensor], candidates: dict[int, int]
     ) -> tuple[fx.GraphModule, dict[str, Any]]:
         """The program, with each distinct operator traced once if that works."""
         for views in (True, False):
@@ -247,8 +254,7 @@ class _Exporter:
 
     def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
         return [
-            _copy(tensor, rows if index in self._candidates else None)
-            for index, tensor in enumerate(tensors)
+            _copy(tensor, rows, self._candidates.get(index)) for index, tensor in enumerate(tensors)
         ]
 
     def _blame(self, failure: Exception, running: list[torch.nn.Module]) -> None:
@@ -272,7 +278,7 @@ class _Exporter:
             self.sites.suspect(culprit)
 
     def _drawing(
-        self, tensors: list[torch.Tensor], rows: int, candidates: set[int]
+        self, tensors: list[torch.Tensor], rows: int, candidates: dict[int, int]
     ) -> list[torch.nn.Module]:
         """The submodules that draw from Python's or NumPy's generator."""
         tracker = Tracker()
@@ -384,9 +390,9 @@ def _known_cause(failure: BaseException | None) -> CaptureError | CustomBackward
     return None
 
 
-def _unknown_sizes(module: fx.GraphModule) -> list[str]:
+def _unknown_sizes(module: fx.GraphModule, candidates: Mapping[int, int]) -> list[str]:
     """Paths of the submodules that make tensors whose sizes depend on what tensors hold."""
-    symbols = set(_batch_symbols(module).values())
+    symbols = set(_batch_symbols(module, candidates).values())
     paths: list[str] = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
@@ -411,23 +417,45 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [item for item in items if isinstance(item, torch.Tensor)]
 
 
-def _copy(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
-    """A tensor of its own, with at least two rows.
+def _copy(tensor: torch.Tensor, rows: int, dim: int | None) -> torch.Tensor:
+    """A tensor of its own, with so many rows in a dimension.
 
     The exporter takes one tensor given twice for one argument.
     """
     copied = tensor.detach().clone()
-    if rows is not None and copied.shape[0] != rows:
-        times = -(-rows // copied.shape[0])
-        order = order_of(tensor.shape, tensor.stride())
-        copied = ordered(copied.repeat(times, *(1 for _ in copied.shape[1:]))[:rows], order)
+    if dim is not None:
+        copied = repeated(copied, dim, rows)
     return copied.requires_grad_(tensor.requires_grad)
 
 
+def repeated(tensor: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
+    """The tensor with so many rows in a dimension, of whatever content."""
+    held = tensor.shape[dim]
+    if held == rows:
+        return tensor
+    longer = tensor.index_select(dim, torch.arange(rows, device=tensor.device) % held)
+    return ordered(longer, order_of(tensor.shape, tensor.stride()))
+
+
+def row_dims_by_size(tensors: list[torch.Tensor], rows: int) -> dict[int, int]:
+    """By position, the dimension of each tensor that is as long as the batch; the first if it is.
+
+    In an LSTM's state that is the second.
+    """
+    found = {}
+    for position, tensor in enumerate(tensors):
+        dims = [dim for dim, length in enumerate(tensor.shape) if length == rows]
+        if dims and (dims[0] == 0 or rows > 1):
+            found[position] = dims[0]
+    return found
+
+
 def _exported(
-    flat: FlatModel, tensors: list[torch.Tensor], candidates: set[int]
+    flat: FlatModel, tensors: list[torch.Tensor], candidates: dict[int, int]
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
-    shapes = tuple({0: Dim.AUTO} if i in candidates else None for i in range(len(tensors)))
+    shapes = tuple(
+        {candidates[i]: Dim.AUTO} if i in candidates else None for i in range(len(tensors))
+    )
     with (
         _quiet(),
         _same_attributes(flat),
@@ -495,18 +523,27 @@ def _text(module: fx.GraphModule, state: dict[str, Any]) -> str:
     return re.sub(r"call_\d+", "call", "\n".join(lines))  # of opaque parts: other ones every time
 
 
-def _batch_symbols(module: fx.GraphModule) -> dict[int, sympy.Symbol]:
-    """The symbols of the first dimensions, by the position of the tensor."""
+def _batch_symbols(
+    module: fx.GraphModule, candidates: Mapping[int, int]
+) -> dict[int, sympy.Symbol]:
+    """The symbols of the dimensions that may hold rows, by the position of the tensor."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     found = {}
-    for index, node in enumerate(placeholders):
-        shape = node.meta["val"].shape
-        if len(shape) and isinstance(shape[0], torch.SymInt):
-            expression = shape[0].node.expr
+    for index, dim in candidates.items():
+        length = placeholders[index].meta["val"].shape[dim]
+        if isinstance(length, torch.SymInt):
+            expression = length.node.expr
             # The exporter may have found out meanwhile that it is a constant.
             if isinstance(expression, sympy.Symbol):
                 found[index] = expression
     return found
+
+
+def _unrelated(symbols: dict[int, sympy.Symbol], candidates: Mapping[int, int]) -> set[int]:
+    """The tensors whose dimension, not the first, is as long as the batch only by chance."""
+    known = {symbol for index, symbol in symbols.items() if candidates[index] == 0}
+    known.update(list(symbols.values())[:1])
+    return {i for i, symbol in symbols.items() if symbol not in known}
 
 
 def _restriction(module: fx.GraphModule, symbols: set[sympy.Symbol]) -> str | None:

@@ -85,16 +85,21 @@ class Denominator:
     """
 
     def __init__(
-        self, module: fx.GraphModule, finish: Callable[..., torch.Tensor], batch_input: int
+        self,
+        module: fx.GraphModule,
+        finish: Callable[..., torch.Tensor],
+        batch_input: int,
+        batch_dim: int,
     ) -> None:
         self.module = module
         self._finish = finish
         self._batch_input = batch_input
+        self._batch_dim = batch_dim
 
     @torch.no_grad()
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """This process's part, of its tensor arguments in the graph's order."""
-        rows = tensors[self._batch_input].shape[0]
+        rows = tensors[self._batch_input].shape[self._batch_dim]
         return self._finish(rows, *self.module(*tensors, rows))
 
 
@@ -341,10 +346,9 @@ class Rewriter:
         placeholder.meta["val"] = None
         placeholder.meta["example"] = example
         part = cut(self._module, self._inputs, read, name="Denominator", always=("rows",))
-        batch_input = next(
-            i for i, node in enumerate(self._inputs) if self._layouts[node] is not NONE
-        )
-        self.denominators.append(Denominator(part.module, finish, batch_input))
+        layouts = [self._layouts[node] for node in self._inputs]
+        batch_input, dim = next((i, w.dim) for i, w in enumerate(layouts) if isinstance(w, Split))
+        self.denominators.append(Denominator(part.module, finish, batch_input, dim))
         return placeholder
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ._arguments import check_apart
 from ._devices import move_operators
-from ._export import Program, export
+from ._export import Program, export, row_dims_by_size
 from ._flat import Flattener, attribute, is_value, operator_of, outputs_of, state_name
 from ._graph_file import GraphFile
 from ._layout import NONE, WHOLE, Layout, Split
@@ -67,7 +67,8 @@ class Captured:
         denominators: what each process computes from its inputs before a step; the sums over
             all processes are the stages' denominators.
         static_rows: the only number of rows the capture is valid for; `None` for any.
-        batch_inputs: positions of the tensors, among the graph's inputs, that hold rows.
+        batch_inputs: positions of the tensors, among the graph's inputs, that hold rows, and in
+            which dimension.
         left: what a call leaves in attributes of modules.
         read: places in the user's objects that its forward has read.
         obstacles: what stopped the exporter in the parts that are called as they are.
@@ -83,7 +84,7 @@ class Captured:
     state: dict[str, torch.Tensor]
     denominators: list[Denominator]
     static_rows: int | None
-    batch_inputs: list[int]
+    batch_inputs: dict[int, int]
     left: Left
     read: frozenset[Place]
     obstacles: list[Obstacle]
@@ -169,7 +170,8 @@ class Captured:
         """How many rows the tensors of a call hold."""
         if not self.batch_inputs:
             return self.static_rows or 1
-        return int(tensors[self.batch_inputs[0]].shape[0])
+        position, dim = next(iter(self.batch_inputs.items()))
+        return int(tensors[position].shape[dim])
 
 
 def capture(
@@ -178,6 +180,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     batch_rows_hint: int | None = None,
+    batch_dim: int = 0,
     output_reduction: Mapping[str, str] | str | None = None,
 ) -> Captured:
     """Captures a model's forward for arguments like these.
@@ -187,6 +190,7 @@ def capture(
         args: positional arguments of one call.
         kwargs: keyword arguments of the call.
         batch_rows_hint: the batch size, where the arguments leave it in doubt.
+        batch_dim: the dimension of the first tensor in which rows are looked for.
         output_reduction: for results that reduce over rows otherwise than the analysis can tell,
             by their paths or for all: `mean` or `sum` of what parts of the batch give.
 
@@ -195,11 +199,15 @@ def capture(
     """
     tensors, paths, structure = flatten((tuple(args), kwargs or {}))
     names = argument_names(model, paths)
-    rows = batch_rows_hint or batch_size(tensors)
+    rows = batch_rows_hint or batch_size(tensors, batch_dim)
     if rows == 0:
         message = "the batch is empty, and a model is captured with its first"
         raise CaptureError(message, "pass at least one row the first time")
-    call = _Call(model, tensors, names, structure, rows)
+    row_dims = row_dims_by_size(tensors, rows)
+    for position, tensor in enumerate(tensors):
+        if batch_dim and tensor.dim() > batch_dim and tensor.shape[batch_dim] == rows:
+            row_dims[position] = batch_dim
+    call = _Call(model, tensors, names, structure, rows, row_dims)
     with _uncollected(), revealed(model.modules()):
         return _splittable(call, output_reduction)
 
@@ -243,6 +251,7 @@ class _Call:
     names: list[str]
     structure: Structure
     rows: int
+    row_dims: dict[int, int]
 
 
 def _captured(
@@ -253,7 +262,7 @@ def _captured(
 ) -> tuple[Captured, tuple[str, ...]]:
     """The captured model, and the submodules that keep it from being split."""
     model, tensors, structure, rows = call.model, call.tensors, call.structure, call.rows
-    program = export(model, tensors, structure, rows, static_reason, opaque)
+    program = export(model, tensors, structure, rows, static_reason, opaque, call.row_dims)
     for position in program.arguments.written:
         check_apart(tensors, call.names, position)
     flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
@@ -298,7 +307,7 @@ def _captured(
         state=_state(module),
         denominators=rewriter.denominators,
         static_rows=rows if program.static_reason is not None else None,
-        batch_inputs=[i for i, node in enumerate(flat.inputs) if layouts[node] is not NONE],
+        batch_inputs=program.batch_inputs,
         left=program.left,
         read=program.read,
         obstacles=program.obstacles,
@@ -345,11 +354,11 @@ def _are_small(model: torch.nn.Module, paths: tuple[str, ...]) -> bool:
     )
 
 
-def batch_size(tensors: list[torch.Tensor]) -> int:
-    """The first dimension of the first tensor that has one."""
+def batch_size(tensors: list[torch.Tensor], dim: int = 0) -> int:
+    """The first (or another) dimension of the first tensor that has one."""
     for tensor in tensors:
-        if tensor.dim() > 0:
-            return int(tensor.shape[0])
+        if tensor.dim() > dim:
+            return int(tensor.shape[dim])
     if not tensors:
         raise CaptureError("the model is called without any tensor")
     return 1
@@ -414,7 +423,7 @@ def _describe(tensors: list[torch.Tensor], structure: Structure) -> str:
 
 def _input_layouts(flat: Flattener, program: Program) -> dict[fx.Node, Layout]:
     return {
-        node: Split(0) if index in program.batch_inputs else NONE
+        node: Split(program.batch_inputs[index]) if index in program.batch_inputs else NONE
         for index, node in enumerate(flat.inputs)
     }
 

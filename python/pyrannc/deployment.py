@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 
 from . import _checkpoints, _core, guards, planning, remote, state, streams
 from ._common import CommonValues
+from ._export import row_dims_by_size
 from ._first_call import is_unfinished, settle
 from ._form import Form
+from ._global_batch import capture_for_all
 from ._places import reveal
 from ._remarks import uncaptured, unsplit
 from ._same_graph import first_difference
@@ -32,7 +34,7 @@ from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
 from .batch_norm import capturable_norms, place_part_norms
 from .buffers import Announcement, Registered
-from .capture import Captured, argument_names, batch_size, capture
+from .capture import Captured, argument_names, batch_size
 from .comm import Communicator
 from .companions import synchronized_stages
 from .dropout import set_dropout
@@ -362,10 +364,10 @@ class Deployment:
             quiet = streams.undisturbed(self.comm.device)
             with quiet, guards.lifted(), _checkpoints.telling(), capturable_norms():
                 stated = self.output_reduction
-                captured = capture(self.model, args, kwargs, output_reduction=stated)
-                if captured.static_rows not in (None, rows):
-                    whole = _repeat_rows((args, kwargs), captured.static_rows, rows)
-                    captured = capture(self.model, *whole, output_reduction=stated)
+                gathered = self.gather and self.comm.world_size > 1
+                captured = capture_for_all(
+                    self.model, args, kwargs, rows, stated, gathered=gathered
+                )
             place_part_norms(captured.module, self.model)
             if self.dropout is not None:
                 set_dropout(captured.module, enabled=self.dropout)
@@ -435,10 +437,7 @@ class Deployment:
         if self.comm.world_size == 1 or not self.gather:
             return CommonValues({})
         if holding is None:
-            rows = batch_size(tensors)
-            holding = frozenset(
-                i for i, t in enumerate(tensors) if t.dim() > 0 and t.shape[0] == rows
-            )
+            holding = frozenset(row_dims_by_size(tensors, batch_size(tensors)))
         named = enumerate(zip(paths, tensors, strict=True))
         return CommonValues({path: t for i, (path, t) in named if i not in holding})
 
@@ -539,22 +538,6 @@ class Deployment:
     def whole_here(self) -> bool:
         """Whether this rank holds all of the model."""
         return not self._remote and not any(name in self.sharding for name in self.parameters)
-
-
-def _repeat_rows(arguments: Any, rows: int | None, total: int) -> Any:
-    """The same arguments with as many rows as the global batch has, of whatever content.
-
-    For a capture that is valid for one number of rows only.
-    """
-
-    def repeat(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != rows:
-            return tensor
-        repeated = tensor.detach()[torch.arange(total, device=tensor.device) % rows]
-        repeated = ordered(repeated, order_of(tensor.shape, tensor.stride()))
-        return repeated.requires_grad_(tensor.requires_grad)
-
-    return pytree.tree_map(repeat, arguments)
 
 
 @contextlib.contextmanager

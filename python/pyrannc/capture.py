@@ -11,8 +11,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import inspect
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +209,41 @@ def capture(
             row_dims[position] = batch_dim
     call = _Call(model, tensors, names, structure, rows, row_dims)
     with _uncollected(), revealed(model.modules()):
-        return _splittable(call, output_reduction)
+        return _with_batch_found(call, output_reduction)
+
+
+def _with_batch_found(call: _Call, output_reduction: Mapping[str, str] | str | None) -> Captured:
+    """The captured model; with rows in other dimensions where the first is so long by chance."""
+    others = _other_dims(call)
+    failure: Exception | None = None
+    try:
+        captured = _splittable(call, output_reduction)
+        if captured.static_rows is None or others == call.row_dims:
+            return captured
+    except CaptureError:
+        raise
+    except Exception as found:  # whatever the user's forward raises
+        if others == call.row_dims:
+            raise
+        failure = found
+    with suppress(Exception):
+        other = _splittable(replace(call, row_dims=others), output_reduction)
+        if other.static_rows is None and others.keys() <= other.batch_inputs.keys():
+            return other
+    if failure is not None:
+        raise failure
+    return captured
+
+
+def _other_dims(call: _Call) -> dict[int, int]:
+    """Where rows may lie if not in the first dimensions of all tensors but the first one."""
+    first = next(iter(call.row_dims), None)
+    found = dict(call.row_dims)
+    for position in call.row_dims.keys() - {first}:
+        shape = call.tensors[position].shape
+        later = [dim for dim, length in enumerate(shape) if dim > 0 and length == call.rows]
+        found[position] = (later or [call.row_dims[position]])[0]
+    return found
 
 
 @contextmanager

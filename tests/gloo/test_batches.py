@@ -87,7 +87,8 @@ def wrap(module: nn.Module, stages: int = 1) -> tuple[RaNNCModule, nn.Module]:
     torch.manual_seed(0)
     for parameter in module.double().parameters():
         nn.init.normal_(parameter)
-    return RaNNCModule(module, config=config(stages)), copy.deepcopy(module)
+    microbatches = 1 if isinstance(module, Written) else 2
+    return RaNNCModule(module, config=config(stages, microbatches)), copy.deepcopy(module)
 
 
 def normal(*shape: int) -> torch.Tensor:

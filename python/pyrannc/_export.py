@@ -25,12 +25,11 @@ from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
 from ._obstacles import DRAWS, SIZES, Obstacle, is_by_content, place_of, reason_of, unknown_numbers
 from ._opaque import UnclearSizesError
-from ._outer import outer_names
-from ._places import dotted
+from ._places import dotted, holder_of, num_items, put, replaced
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, size
-from ._snapshot import Changes, same
+from ._snapshot import Changes
 from ._strides import order_of, ordered
 from ._transforms import transforms_seen
 from .errors import CaptureError
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
     from ._arguments import ArgumentChanges
     from ._opaque import Opaque
-    from ._outer import Name
     from ._places import Place
     from ._structure import Structure
 
@@ -179,7 +177,6 @@ class _Exporter:
         self.left = self._left_by_sites = Left()
         self._seen = Changes()
         self._model = model
-        self._first_outside = {name: name.now() for name in outer_names(model)}
         self._flat = flat
         self._candidates = candidates
 
@@ -206,15 +203,14 @@ class _Exporter:
         while True:
             try:
                 copies = self._copies(tensors, rows)
-                outside = self._outside()
                 with unknown_numbers() as places:
                     module, state = self._traced(tracker, copies, candidates)
                 drawing = self._drawing(tensors, rows, candidates) if tracker.drew else []
                 unknown = _unknown_sizes(module, candidates)
                 if not unknown and not drawing:
-                    self._check_outside(outside, again)
                     changes = self._flat.changes
                     self._check_strayed(changes)
+                    self._check_outside(changes, lambda: self._ran(tensors, rows))
                     self.left = self._left_by_sites
                     if not changes.any:
                         return module, state
@@ -292,26 +288,6 @@ class _Exporter:
         for module in dict.fromkeys(part for part in drawing if part not in inner):
             self.sites.add_module(module, DRAWS)
 
-    def _outside(self) -> dict[Name, Any]:
-        """What is found by names outside of the model that its code reads."""
-        return {name: name.now() for name in self._first_outside}
-
-    def _check_outside(self, before: dict[Name, Any], again: Callable[[], Outcome]) -> None:
-        """Refuses a forward that changes what is outside of the model, if it does so every time."""
-        once = self._outside()
-        if all(same(value, before[name]) for name, value in once.items()):
-            return
-        again()
-        for name, value in once.items():
-            if not same(name.now(), value):
-                for other, first in self._first_outside.items():
-                    other.restore(first)
-                raise CaptureError(
-                    f"the model's forward changes `{name.name}`, which is no part of the model: "
-                    "one that runs in parts would change it otherwise",
-                    hint="keep it in an attribute of the model, or have forward return it",
-                )
-
     def _check_strayed(self, captured: Changes) -> None:
         """Refuses parts that run as they are and change what other parts of the model hold.
 
@@ -319,7 +295,7 @@ class _Exporter:
             captured: what those others change.
         """
         inside = self._seen.within(self.sites.paths).values
-        for place in self._seen.values:
+        for place in self._seen.values.keys() - self._seen.outside:
             if place not in inside and not captured.touch(place):
                 raise CaptureError(
                     f"a part of the model that runs as it is changes `{dotted(place)}`, which is "
@@ -328,10 +304,45 @@ class _Exporter:
                     "a buffer",
                 )
 
+    def _check_outside(self, captured: Changes, again: Callable[[], Changes]) -> None:
+        """Refuses parts that run as they are and change what is outside of the model every time.
+
+        What they change only once stays changed, as they may go on with it.
+
+        Args:
+            captured: what the other parts change.
+            again: runs the model for real.
+        """
+        theirs = {
+            place: value
+            for place, value in self._seen.outside.items()
+            if not captured.touch(place)
+            or num_items(captured.values.get(place)) != num_items(value)
+        }
+        if not theirs:
+            return
+        with replaced(self._model, theirs):
+            repeated = again()
+        for place, value in theirs.items():
+            if repeated.touch(place):
+                raise CaptureError(
+                    f"a part of the model that runs as it is changes `{dotted(place)}`, which is "
+                    "no part of the model: every microbatch would change it",
+                    hint="keep it in an attribute of the model, or have forward return it",
+                )
+            put(holder_of(self._model, place), place[-1], value)
+            del self._seen.values[place]
+
     def _own(self, modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
         """Those which belong to the model."""
         own = set(self._model.modules())
         return [module for module in modules if module in own]
+
+    def _ran(self, tensors: list[torch.Tensor], rows: int) -> Changes:
+        """What the model changes as it is."""
+        with undisturbed(self._model), no_autocast():
+            self._flat.forward(*self._copies(tensors, rows))
+        return self._flat.changes
 
     def _real(self, tensors: list[torch.Tensor], rows: int) -> Callable[[], Outcome] | None:
         """Runs the model as it is, if it is not a model without data."""
@@ -340,7 +351,7 @@ class _Exporter:
 
         def run() -> Outcome:
             with undisturbed(self._model), no_autocast():
-                results = Results(self._flat(*self._copies(tensors, rows)))
+                results = Results(self._flat.forward(*self._copies(tensors, rows)))
             return self._flat.changes, results
 
         return run
@@ -362,7 +373,7 @@ class _Exporter:
         results: dict[int, Results] = {}
 
         def run(count: int) -> None:
-            results[count] = Results(self._flat(*self._copies(tensors, count)))
+            results[count] = Results(self._flat.forward(*self._copies(tensors, count)))
             self._seen = self._flat.changes
             seen[count] = self._seen.within(self.sites.paths)
 
@@ -371,9 +382,7 @@ class _Exporter:
             return seen[rows], results[rows]
 
         with no_autocast():
-            outside = self._outside()
             self.sites.observe(run, (rows, other))
-            self._check_outside(outside, again)
             self._left_by_sites = Left()
             if seen[rows].any:
                 settling = Settling(self._model, seen[rows], again, again, is_captured=False)
@@ -458,6 +467,7 @@ def _exported(
     )
     with (
         _quiet(),
+        flat.without_hooks(),
         _same_attributes(flat),
         torch.enable_grad(),
         no_autocast(),

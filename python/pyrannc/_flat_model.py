@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
+from torch.nn.modules import module as module_hooks
 
 from ._arguments import ArgumentChanges, Arguments, written_with_gradient
+from ._outer import outer_roots
 from ._places import Unreturned
 from ._snapshot import Changes, Snapshot
 from ._structure import Structure, flatten
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from ._places import Place
 
 _log = logging.getLogger("pyrannc")
@@ -34,6 +38,7 @@ class FlatModel(torch.nn.Module):
         super().__init__()
         self.model = model
         self._arguments = arguments
+        self._outside = outer_roots(model)
         # In an object of its own: the exporter puts plain attributes back as they were.
         self._noted = _Noted()
 
@@ -41,7 +46,7 @@ class FlatModel(torch.nn.Module):
         """Calls the model."""
         args, kwargs = self._arguments.build(tensors)
         passed = Arguments(args, kwargs)
-        before = Snapshot(self.model.named_modules())
+        before = Snapshot(self.model.named_modules(), self._outside)
         try:
             with contextlib.redirect_stdout(cast("TextIO", _Heard(sys.stdout, self._noted))):
                 given = self.model(*args, **kwargs)
@@ -59,6 +64,20 @@ class FlatModel(torch.nn.Module):
             self._noted.read |= before.read
         self._noted.results = structure
         return tuple(left)
+
+    @contextlib.contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Has hooks of all modules not be called for this module, and for those of the exporter."""
+        own = set(self.model.modules())
+        tables = (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks)
+        before = [dict(table) for table in tables]
+        for table in tables:
+            table.update({number: _only_for(own, hook) for number, hook in table.items()})
+        try:
+            yield
+        finally:
+            for table, hooks in zip(tables, before, strict=True):
+                table.update(hooks)
 
     @property
     def changes(self) -> Changes:
@@ -88,6 +107,10 @@ class FlatModel(torch.nn.Module):
         """The structure of what the model returned last."""
         assert self._noted.results is not None
         return self._noted.results
+
+
+def _only_for(modules: set[torch.nn.Module], hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, *args: hook(module, *args) if module in modules else None
 
 
 def _unreturned(path: str, result: Any) -> Unreturned:

@@ -266,7 +266,8 @@ class Form:
             for place in self._read
         ]
         found[_OUTER] = [
-            self._history.number(index, name.now()) for index, name in enumerate(self._outer)
+            self._history.number(index, prints.of(name.value, (name, "value"), self._changed))
+            for index, name in enumerate(self._outer)
         ]
         if found != self._last:
             check_module_hooks(self._model)
@@ -303,16 +304,18 @@ class Form:
             value = value_at(self._model, place)
             found[dotted(place)] = prints.of(value, place, self._changed), _shown(value)
         for name in self._outer:
-            found[f"{name.name} (outside of the model)"] = repr(name.now()), _shown(name.value)
+            value = prints.of(name.value, (name, "value"), self._changed)
+            found[f"{name.name} (outside of the model)"] = value, _shown(name.value)
         return found
 
     def settle(self, left: Left, read: Iterable[Place]) -> bool:
         """Takes note of what a form's calls read and leave; whether that is news."""
-        changed = self._changed | {*left.written, *left.counted}
+        changed = self._changed | {*left.written, *left.counted, *left.kept}
         wanted = sorted({*self._read, *read} - changed, key=repr)
         if changed == self._changed and wanted == [*self._read]:
             return False
         self._changed = changed
+        self._outer = [name for name in self._outer if (name, "value") not in changed]
         self._read = dict.fromkeys(wanted)
         for part in self._parts:
             part.settle(frozenset(place for place in changed if place[0] == part.path))

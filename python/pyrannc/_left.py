@@ -7,6 +7,7 @@ that changes what it computes. Both are tried out with something else in their p
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,16 +17,21 @@ from ._places import (
     GONE,
     Absent,
     AbsentError,
+    Content,
+    Item,
     Place,
+    Root,
     dotted,
     holds_tensors,
     is_plain,
     later,
+    leaves,
     replaced,
     value_at,
     with_leaves,
 )  # fmt: skip
-from ._side_effects import Left
+from ._side_effects import Added, Left
+from ._snapshot import begins_with, same
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -81,6 +87,7 @@ class Settling:
     _usual: object = None
     _values: Mapping[Place, Any] = field(default_factory=dict)
     _absent: dict[Place, None] = field(default_factory=dict)
+    _kept: dict[Place, Any] = field(default_factory=dict)
 
     def left(self) -> Left:
         """What a call leaves.
@@ -114,7 +121,8 @@ class Settling:
                 state |= {place: values[place] for place in places}
             else:
                 self._settle_objects(places, [])
-        self._leave(place for place in values if not is_plain(values[place]))
+        decided = {place for place in read if isinstance(place[0], Root)}
+        self._leave(p for p in values if not is_plain(values[p]) and p not in decided)
         for place in state:
             if place[:2] in self._absent:
                 self._refuse(place)
@@ -123,11 +131,16 @@ class Settling:
             {place: value for place, value in written.items() if place[:2] not in self._absent},
             {place: value for place, value in counted.items() if place[:2] not in self._absent},
             tuple(self._absent),
+            self._kept,
         )
 
     def _leave(self, places: Iterable[Place]) -> None:
         """Takes note that what is there is not to be had after a call."""
-        self._absent |= dict.fromkeys(place[:2] for place in places)
+        for place in places:
+            if isinstance(place[0], Root):
+                self._kept |= self._stand_ins(place)
+            else:
+                self._absent[place[:2]] = None
 
     def _alike(self, places: Iterable[Place]) -> list[list[Place]]:
         """The same places of modules of one class together: there may be many layers."""
@@ -137,12 +150,19 @@ class Settling:
         return list(found.values())
 
     def _kind(self, place: Place) -> Place:
+        if isinstance(place[0], Root):
+            return place
         return type(self.model.get_submodule(place[0])), *place[1:]
 
     def _read(self, places: Iterable[Place]) -> list[Place]:
         """What a forward reads before it writes it."""
         hidden = list(places)
-        read: list[Place] = []
+        read = [
+            place
+            for place in hidden
+            if isinstance(place[0], Root) and len(place) == 2 and place[0].is_fixed
+        ]
+        hidden = [place for place in hidden if place not in read]
         while hidden:
             try:
                 with replaced(self.model, _absent(self.model, hidden)):
@@ -204,7 +224,10 @@ class Settling:
         after = {place: self._stand_in(place) for place in places}
         beyond = {place: later(value, _FAR) for place, value in after.items()}
         if self._with(after)[1] and self._with(beyond)[1] and self._is_idle(after):
-            self._leave(places)
+            for place in places:
+                once = isinstance(place[0], Root) and not self._grows(place, after, beyond)
+                if not once or all(map(is_plain, leaves(values[place]))):
+                    self._leave([place])
             return []
         changes = self._with(after | {place: values[place] for place in numbers})[0]
         made = [place for place in places if not changes.touch(place)]
@@ -213,8 +236,34 @@ class Settling:
         companions = [place for place in numbers if not changes.touch(place)]
         if not self._is_same_later([*places, *companions]):
             self._refuse(places[0])
-        self._leave([*places, *companions])
+        # Outside, what is made once stays unmade: that it is made does not matter.
+        self._leave(p for p in (*places, *companions) if not isinstance(p[0], Root))
         return companions
+
+    def _grows(self, place: Place, *states: Mapping[Place, Any]) -> bool:
+        """Whether a call always adds as much outside of the model; not if it adds only once.
+
+        Args:
+            place: where.
+            states: what may be there.
+
+        Raises:
+            CaptureError: if it does something else there.
+        """
+        first, before = self._values[place], value_at(self.model, place)
+        for state in states:
+            changes = self._with(state)[0]
+            if not changes.touch(place):
+                return False
+            now, was = changes.values.get(place), state[place]
+            if isinstance(before, list) and now is None:
+                self._refuse(place)
+            if isinstance(now, Content) and isinstance(was, Content):
+                appended = isinstance(before, deque) or begins_with(now, was)
+                added = len(_new_items(first, Content.of(before)))
+                if len(_new_items(now, was)) != added or not appended:
+                    self._refuse(place)
+        return True
 
     def _stand_in(self, place: Place) -> Any:
         """What is left there, with zeros for the exporter's tensors.
@@ -230,6 +279,23 @@ class Settling:
             return torch.zeros([*tensor.shape], dtype=tensor.dtype, device=tensor.device)
 
         return with_leaves(self._values[place], change)
+
+    def _stand_ins(self, place: Place) -> dict[Place, Any]:
+        """What to put outside of the model for what a call leaves there: the use is an error."""
+        before, after = value_at(self.model, place), self._values[place]
+        if not isinstance(after, Content) or isinstance(after.items, bytes):
+            return {place: _stand_in(place, before, after)}
+        old = Content.of(before)
+        if isinstance(old.items, dict) and isinstance(after.items, dict):
+            places = [(*place, Item(key)) for key in {**old.items, **after.items}]
+            dicts = (old.items, after.items)
+            pairs = {p: [content.get(p[-1].key, GONE) for content in dicts] for p in places}
+            return {p: _stand_in(p, *pair) for p, pair in pairs.items() if not same(*pair)}
+        if isinstance(before, list) and not begins_with(after, old):
+            self._refuse(place)
+        added = _new_items(after, old)
+        items = (_stand_in((*place, Item(i)), GONE, value) for i, value in added.items())
+        return {place: Added(tuple(items))}
 
     def _is_idle(self, after: Mapping[Place, Any]) -> bool:
         """Whether a real forward does the same with zeros in place of tensors."""
@@ -271,6 +337,15 @@ class Settling:
 
 def _absent(model: torch.nn.Module, places: Iterable[Place]) -> dict[Place, Any]:
     return {place: Absent(place, value_at(model, place)) for place in places}
+
+
+def _stand_in(place: Place, before: Any, value: Any) -> Any:
+    return value if value is GONE or is_plain(value) else Absent(place, before)
+
+
+def _new_items(content: Any, before: Any) -> dict[int, Any]:
+    """What is in a list or set and was not before, by its position."""
+    return {i: v for i, v in enumerate(content.items) if not any(v is one for one in before.items)}
 
 
 def _is_number(value: Any) -> bool:

@@ -7,38 +7,69 @@ names in turn; that may be more than a forward reads, but not less where it asks
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._places import GONE, Content, is_plain
+import torch
+from torch.nn.modules import module as module_hooks
+
+from . import _watched
+from ._places import GONE, Absent, Root, is_container, is_plain, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
 _MOST_FUNCTIONS = 2000
 _MOST_ITEMS = 1000
+_SIZED = (list, dict, set, deque)
 _NOT_LOOKED_INTO = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "pyrannc"}
 
 
+@dataclass(slots=True)
+class _Hook:
+    """Something that is (a part of) a hook; nobody replaces it."""
+
+    part: Any
+
+
 @dataclass(frozen=True, eq=False, slots=True)
-class Name:
-    """A global, a variable of a closure, or an attribute of a class.
+class Name(Root):
+    """A global, a variable of a closure, an attribute of a class, or a part of a hook.
 
     Attributes:
         name: what the code calls it.
-        where: the module's globals, the cell, or the class.
+        where: the module's globals, the cell, the class, or the part.
     """
 
     name: str
-    where: Any
+    where: Any = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same name in the same place."""
+        return isinstance(other, Name) and self._key == other._key
+
+    def __hash__(self) -> int:
+        """That of the name."""
+        return hash(self.name)
+
+    @property
+    def _key(self) -> tuple[str, int]:
+        return self.name, id(self.where.part if isinstance(self.where, _Hook) else self.where)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is a part of a hook."""
+        return isinstance(self.where, _Hook)
 
     @property
     def value(self) -> Any:
         """What it stands for; `GONE` for nothing."""
+        if isinstance(self.where, _Hook):
+            return self.where.part
         if isinstance(self.where, dict):
             return self.where.get(self.name, GONE)
         if isinstance(self.where, type):
@@ -48,40 +79,88 @@ class Name:
         except ValueError:
             return GONE
 
-    def now(self) -> Any:
-        """What that is, or what it contains."""
-        value = self.value
-        return Content.of(value) if isinstance(value, (list, dict, set)) else value
-
-    def restore(self, value: Any) -> None:
-        """Has it be what `now` told."""
-        if isinstance(value, Content):
-            value.pour(self.value)
+    def put(self, value: Any) -> None:
+        """Has it stand for something else; `GONE` for nothing."""
+        if isinstance(self.where, _Hook):
+            self.where.part = value
+        elif isinstance(self.where, types.CellType):
+            if value is GONE:
+                del self.where.cell_contents
+            else:
+                self.where.cell_contents = value
         elif isinstance(self.where, dict):
-            self.where[self.name] = value
-        elif isinstance(self.where, type):
-            setattr(self.where, self.name, value)
+            if value is GONE:
+                self.where.pop(self.name, None)
+            else:
+                self.where[self.name] = value
+        elif value is GONE:
+            delattr(self.where, self.name)
         else:
-            self.where.cell_contents = value
+            setattr(self.where, self.name, value)
 
 
 def outer_names(model: torch.nn.Module) -> list[Name]:
     """The names outside of a model by which its code may find numbers, flags and texts."""
+    return [name for name in _names_of(model) if _counts(name.value)]
+
+
+def outer_roots(model: torch.nn.Module) -> list[Name]:
+    """The names outside of a model by which its code or hooks may keep something."""
+    return [name for name in _names_of(model) if _may_keep(name)]
+
+
+def _names_of(model: torch.nn.Module) -> list[Name]:
     kinds = [kind for kind in _classes_of(model) if not _is_foreign(kind)]
-    of_classes = [Name(name, kind) for kind in kinds for name in vars(kind) if name[:2] != "__"]
+    names = [Name(name, kind) for kind in kinds for name in vars(kind) if name[:2] != "__"]
     waiting = list(_functions_of(model, kinds))
+    for hook in _hooks_of(model):
+        _take_apart(hook, names, waiting)
+    found = dict.fromkeys(names)
     seen = {id(function) for function in waiting}
-    found = {(id(name.where), name.name): name for name in of_classes if _counts(name.value)}
     while waiting and len(seen) < _MOST_FUNCTIONS:
         for name in _names_in(waiting.pop()):
             value = name.value
-            if isinstance(value, types.FunctionType):
-                if id(value) not in seen and not _is_foreign(value):
-                    seen.add(id(value))
-                    waiting.append(value)
-            elif _counts(value):
-                found[id(name.where), name.name] = name
-    return list(found.values())
+            if isinstance(value, (types.MethodType, functools.partial)):
+                held: list[Name] = []
+                _take_apart(value, held, waiting)
+                found |= dict.fromkeys(held)
+            elif not isinstance(value, types.FunctionType):
+                found[name] = None
+            elif id(value) not in seen and not _is_foreign(value):
+                seen.add(id(value))
+                waiting.append(value)
+    return list(found)
+
+
+def _hooks_of(model: torch.nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            yield from hooks.values()
+    yield from module_hooks._global_forward_pre_hooks.values()
+    yield from module_hooks._global_forward_hooks.values()
+
+
+def _take_apart(hook: Any, names: list[Name], waiting: list[types.FunctionType]) -> None:
+    """Adds what a hook holds to `names`, and the functions that it consists of to `waiting`."""
+    if isinstance(hook, functools.partial):
+        for part in (hook.func, *hook.args, *hook.keywords.values()):
+            _take_apart(part, names, waiting)
+    elif isinstance(hook, types.MethodType):
+        _take_apart(hook.__self__, names, waiting)
+        _take_apart(hook.__func__, names, waiting)
+    elif isinstance(hook, types.FunctionType):
+        if not _is_foreign(hook):
+            waiting.append(hook)
+            defaults = [*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
+            for part in defaults:
+                _take_apart(part, names, waiting)
+    elif isinstance(hook, types.BuiltinMethodType):  # such as `list.append` of one
+        _take_apart(hook.__self__, names, waiting)
+    elif not isinstance(hook, (torch.nn.Module, types.ModuleType, type)):
+        called = getattr(type(hook), "__call__", None)  # noqa: B004 - of the class, not bound
+        if isinstance(called, types.FunctionType) and not _is_foreign(called):
+            waiting.append(called)
+        names.append(Name(type(hook).__name__, _Hook(hook)))
 
 
 def _classes_of(model: torch.nn.Module) -> dict[type, None]:
@@ -91,7 +170,7 @@ def _classes_of(model: torch.nn.Module) -> dict[type, None]:
 def _functions_of(model: torch.nn.Module, kinds: list[type]) -> Iterator[types.FunctionType]:
     members = [member for kind in kinds for member in vars(kind).values()]
     members += [value for module in model.modules() for value in vars(module).values()]
-    for member in members:
+    for member in (member for member in members if type(member) is not Absent):
         function = getattr(member, "fget", None) or getattr(member, "__func__", member)
         function = getattr(function, "__wrapped__", function)
         if isinstance(function, types.FunctionType) and not _is_foreign(function):
@@ -124,3 +203,26 @@ def _counts(value: Any) -> bool:
         items = [*value, *value.values()] if isinstance(value, dict) else value
         return len(value) <= _MOST_ITEMS and all(map(is_plain, items))
     return is_plain(value)
+
+
+def _may_keep(name: Name) -> bool:
+    """Whether a name stands for something that changes, or for what may hold such things."""
+    value = name.value
+    if isinstance(value, torch.Tensor) or type(value) is Absent or is_plain(value):
+        return True
+    if is_container(value):
+        library = isinstance(name.where, dict) and _is_library(name.where.get("__name__"))
+        return not isinstance(value, _SIZED) or (
+            len(value) <= _MOST_ITEMS and (not library or all(map(_is_simple, leaves(value))))
+        )
+    return _watched.can_be_watched(value) and not _is_library(type(value).__module__)
+
+
+def _is_simple(value: Any) -> bool:
+    return is_plain(value) or isinstance(value, torch.Tensor) or type(value) is Absent
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether a module is installed rather than the user's own."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file

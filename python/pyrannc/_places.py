@@ -36,7 +36,32 @@ class Item(NamedTuple):
 
 
 Place: TypeAlias = tuple[Any, ...]
-"""The path of a module, the name of one of its attributes, and steps into what it holds."""
+"""The path of a module, the name of one of its attributes, and steps into what it holds.
+
+Outside of the model: a `Root`, `"value"`, and steps into what that stands for.
+"""
+
+
+class Root:
+    """Where a way begins that does not begin at a module: a name by which code finds something."""
+
+    __slots__ = ()
+
+    name: str
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether code holds what it stands for, and finds nothing else in its place."""
+        return False
+
+    @property
+    def value(self) -> Any:
+        """What it stands for; `GONE` for nothing."""
+        raise NotImplementedError
+
+    def put(self, value: Any) -> None:
+        """Has it stand for something else; `GONE` for nothing."""
+        raise NotImplementedError
 
 
 class Gone(enum.Enum):
@@ -113,6 +138,11 @@ def _set_state(generator: Any, state: Any) -> None:
             generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
+def num_items(value: object) -> int:
+    """How many items a content has; 0 for anything else."""
+    return len(value.items) if isinstance(value, Content) else 0
+
+
 def is_plain(value: object) -> bool:
     """Whether this is a number, flag or text, or a tuple of such."""
     if isinstance(value, tuple):
@@ -124,6 +154,8 @@ def dotted(place: Place) -> str:
     """The name that a user knows a place by."""
     path, *steps = place
     text = str(path)
+    if isinstance(path, Root):
+        text, steps = path.name, steps[1:]
     for step in steps:
         text += f"[{step.key!r}]" if isinstance(step, Item) else f".{step}"
     return text.removeprefix(".")
@@ -286,6 +318,8 @@ def fields(holder: Any) -> MutableMapping[str, Any]:
 
 def get(holder: Any, step: Any) -> Any:
     """What an object or container holds at a step of the way; `GONE` where nothing is."""
+    if isinstance(holder, Root):
+        return holder.value
     if not isinstance(step, Item):
         return fields(holder).get(step, GONE)
     if isinstance(holder, dict):
@@ -299,6 +333,9 @@ def put(holder: Any, step: Any, value: Any) -> None:
     """Has an object or container hold something there; `GONE` for nothing."""
     if isinstance(value, Content):
         value.pour(get(holder, step))
+        return
+    if isinstance(holder, Root):
+        holder.put(value)
         return
     target = holder if isinstance(step, Item) else fields(holder)
     key = step.key if isinstance(step, Item) else step
@@ -319,6 +356,8 @@ def walk(holder: Any, steps: Iterable[Any]) -> Any:
 
 def holder_of(model: torch.nn.Module, place: Place) -> Any:
     """What holds a place's value; `GONE` where the way to it ends before."""
+    if isinstance(place[0], Root):
+        return walk(place[0], place[1:-1])
     try:
         module = model.get_submodule(place[0])
     except AttributeError:
@@ -404,3 +443,54 @@ def revealed(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module, absent in hidden:
             put(module, absent.place[-1], absent)
+
+
+@contextlib.contextmanager
+def revealed_outside(roots: Iterable[Root]) -> Iterator[None]:
+    """Has in the body what was there before any call, outside of a model."""
+    curtain = _Curtain()
+    for root in roots:
+        curtain.open(root, "value", root.value)
+    try:
+        yield
+    finally:
+        curtain.close()
+
+
+class _Curtain:
+    """Takes what stands for something away from what is outside of a model, and puts it back."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[Any, Any, Any]] = []
+        self._seen: set[int] = set()
+
+    def open(self, holder: Any, step: Any, value: Any) -> None:
+        """Puts back what was there before, in what is at a step of a way and all in it."""
+        if type(value) is Absent:
+            self._put(holder, step, value, value.before)
+            return
+        if id(value) in self._seen or isinstance(value, (torch.nn.Module, torch.Tensor)):
+            return
+        self._seen.add(id(value))
+        if isinstance(value, (list, deque)):
+            items = [item for item in value if type(item) is not Absent]
+            if len(items) < len(value):
+                self._put(holder, step, Content.of(value), Content(items))
+        if isinstance(value, dict):
+            inside: Iterable[Any] = [(Item(key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            inside = [(Item(index), item) for index, item in enumerate(value)]
+        else:
+            inside = fields(value).items() if has_fields(value) else ()
+        for way, item in list(inside):
+            if type(item) is Absent or isinstance(item, _CONTAINERS):
+                self.open(value, way, item)
+
+    def close(self) -> None:
+        """Undoes it."""
+        for holder, step, before in reversed(self._places):
+            put(holder, step, before)
+
+    def _put(self, holder: Any, step: Any, before: Any, value: Any) -> None:
+        self._places.append((holder, step, before))
+        put(holder, step, value)

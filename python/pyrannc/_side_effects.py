@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -38,6 +38,20 @@ Modules: TypeAlias = "Sequence[tuple[str, torch.nn.Module]]"
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """What a call adds to a list or set."""
+
+    items: tuple[Any, ...]
+
+    def extend(self, found: Any) -> None:
+        """Adds it, if there is one."""
+        if isinstance(found, (list, deque)):
+            found.extend(self.items)
+        elif isinstance(found, set):
+            found.update(self.items)
+
+
+@dataclass(frozen=True, slots=True)
 class Left:
     """What a call leaves.
 
@@ -46,12 +60,15 @@ class Left:
         written: new values of others, which change nothing that is computed.
         counted: by how much others grow.
         absent: attributes that hold what is not kept after a call.
+        kept: stand-ins for what is left outside of the model, where others may hold the same
+            container: new items of lists and sets (`Added`), and what is new elsewhere.
     """
 
     state: Mapping[Place, Any] = field(default_factory=dict)
     written: Mapping[Place, Any] = field(default_factory=dict)
     counted: Mapping[Place, Any] = field(default_factory=dict)
     absent: tuple[Place, ...] = ()
+    kept: Mapping[Place, Any] = field(default_factory=dict)
 
     def with_part(self, other: Left) -> Left:
         """What a call leaves in all, where a part of the model leaves something, too."""
@@ -60,6 +77,7 @@ class Left:
             {**self.written, **other.written},
             {**self.counted, **other.counted},
             (*self.absent, *(place for place in other.absent if place not in self.absent)),
+            {**self.kept, **other.kept},
         )
 
     @property
@@ -77,6 +95,12 @@ class Left:
             before = value_at(model, place)
             if type(before) is not Absent:
                 put(holder_of(model, place), place[-1], Absent(place, before))
+        for place, value in self.kept.items():
+            holder = holder_of(model, place)
+            if holder is not GONE and isinstance(value, Added):
+                value.extend(get(holder, place[-1]))
+            elif holder is not GONE:
+                put(holder, place[-1], value)
 
     def expected(self, place: Place, before: Any) -> Any:
         """What a call makes of what was there."""

@@ -23,6 +23,7 @@ from ._places import (
     Content,
     Item,
     Place,
+    Root,
     dotted,
     fields,
     is_container,
@@ -56,7 +57,7 @@ class Changes:
         iterators: those which it may have advanced.
     """
 
-    values: Mapping[Place, Any] = field(default_factory=dict)
+    values: dict[Place, Any] = field(default_factory=dict)
     hooked: bool = False
     iterators: Mapping[Place, Any] = field(default_factory=dict)
 
@@ -70,7 +71,12 @@ class Changes:
         """New values without private notes that hooks are there, which are put back like these."""
         if not self.hooked:
             return self.values
-        return {place: value for place, value in self.values.items() if place[-1][0] != "_"}
+        return {place: value for place, value in self.values.items() if str(place[-1])[0] != "_"}
+
+    @property
+    def outside(self) -> dict[Place, Any]:
+        """New values outside of the model."""
+        return {place: new for place, new in self.values.items() if isinstance(place[0], Root)}
 
     def within(self, paths: Iterable[str]) -> Changes:
         """Those of some submodules and of what they hold."""
@@ -80,7 +86,8 @@ class Changes:
             return {
                 place: value
                 for place, value in values.items()
-                if any((place[0] + ".").startswith(path) for path in outer)
+                if isinstance(place[0], str)
+                and any((place[0] + ".").startswith(path) for path in outer)
             }
 
         return Changes(inside(self.values), self.hooked, inside(self.iterators))
@@ -99,8 +106,10 @@ class Snapshot:
         read: places in such objects that were read.
     """
 
-    def __init__(self, modules: Iterable[tuple[str, torch.nn.Module]]) -> None:
-        """Takes the modules as they are, by their paths."""
+    def __init__(
+        self, modules: Iterable[tuple[str, torch.nn.Module]], outside: Iterable[Root] = ()
+    ) -> None:
+        """Takes the modules as they are, by their paths, and what is outside of the model."""
         self.read: set[Place] = set()
         self._buffers: list[_Buffers] = []
         self._parts: list[_Parts] = []
@@ -113,6 +122,9 @@ class Snapshot:
         self._seen = {id(module) for _, module in modules}
         for path, module in modules:
             self._hold_module(path, module)
+        for root in outside:
+            self._held.append(_Outside(root))
+            self._visit((root, "value"), root.value)
         _watched.listen(self)
 
     def touched(self, watched: Any, name: str | None) -> None:
@@ -245,6 +257,22 @@ class _Fields:
         return found
 
 
+class _Outside:
+    """What a name outside of the model stands for."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._before = root.value
+
+    def restore(self) -> dict[Place, Any]:
+        """Has it stand for that again; tells what else it stood for."""
+        value, former = self._root.value, self._before
+        if value is former:
+            return {}
+        self._root.put(former)
+        return {} if _equal(value, former) else {(self._root, "value"): value}
+
+
 class _Container:
     """The content of a container."""
 
@@ -367,7 +395,7 @@ class _Parts:
         return {}
 
 
-_Held = _Fields | _Container | _Buffers | _Parts
+_Held = _Fields | _Outside | _Container | _Buffers | _Parts
 
 
 def written_to(name: str) -> CaptureError:
@@ -408,6 +436,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one is other or _equal(one, other)
+
+
+def begins_with(content: Content, first: Content) -> bool:
+    """Whether a list begins with what another one holds."""
+    return len(content.items) >= len(first.items) and all(map(same, first.items, content.items))
 
 
 def _equal(one: Any, other: Any) -> bool:

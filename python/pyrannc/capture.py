@@ -29,7 +29,8 @@ from ._losses import Denominator, Rewriter
 from ._measure import OneBatchSizeError, measure, memory
 from ._opaque import Opaque
 from ._order import put_in_order
-from ._places import revealed
+from ._outer import outer_roots
+from ._places import revealed, revealed_outside
 from ._rows import RowAnalysis, analyse, is_random
 from ._side_effects import Left
 from ._sizes import ROWS
@@ -208,7 +209,7 @@ def capture(
         if batch_dim and tensor.dim() > batch_dim and tensor.shape[batch_dim] == rows:
             row_dims[position] = batch_dim
     call = _Call(model, tensors, names, structure, rows, row_dims)
-    with _uncollected(), revealed(model.modules()):
+    with _uncollected(), revealed(model.modules()), revealed_outside(outer_roots(model)):
         return _with_batch_found(call, output_reduction)
 
 

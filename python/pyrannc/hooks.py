@@ -44,7 +44,8 @@ def check_module_hooks(model: torch.nn.Module) -> None:
         if not str(getattr(hook, "__module__", "")).startswith(_PART_OF_THE_MODEL):
             logger.warning(
                 "the %s hook on `%s` is captured: what it does to tensors is part of the model, "
-                "but it is not called again, so nothing that it keeps or prints changes",
+                "but it is not called again, so it prints no more, and what it keeps is an error "
+                "when it is used",
                 kind,
                 path,
             )

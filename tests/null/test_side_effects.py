@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import itertools
 import logging
 import pickle
 import random
 import types
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -497,18 +498,133 @@ def _count_in_class(model: Any, x: Tensor) -> Tensor:
     return model.layer(x)
 
 
-@pytest.mark.parametrize("end", [lambda result: result, whole], ids=["captured", "whole"])
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [(_count_outside, "CALLS"), (_log_outside, "LOGGED"), (_count_in_class, "calls")],
-)
-def test_what_is_outside_of_the_model_is_not_changed(
-    function: Callable[[Any, Tensor], Tensor], name: str, end: Callable[[Tensor], Tensor]
+OUTSIDE = [(_count_outside, "CALLS"), (_log_outside, "LOGGED"), (_count_in_class, "calls")]
+
+
+@pytest.mark.parametrize(("function", "name"), OUTSIDE)
+def test_what_is_outside_of_the_model_is_changed_once_for_each_call(
+    function: Callable[[Any, Tensor], Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Model(lambda model, x: end(function(model, x)))
+    for holder, outside in ((globals(), "CALLS"), (globals(), "LOGGED")):
+        monkeypatch.setitem(holder, outside, copy.copy(holder[outside]))
+    monkeypatch.setattr(Model, "calls", 0)
+    model = Model(function)
+    captured = capture(model, (torch.randn(4, 3),))
+    assert (CALLS, LOGGED, Model.calls) == (0, [], 0)
+    for _ in range(2):
+        captured.left.apply(model)
+    found = {"CALLS": CALLS, "LOGGED": len(LOGGED), "calls": Model.calls}
+    assert found == {"CALLS": 0, "LOGGED": 0, "calls": 0} | {name: 2}
+    assert repr(capture(model, (torch.randn(4, 3),)).left) == repr(captured.left)
+    for item in LOGGED:
+        with pytest.raises(CaptureError, match=r"`LOGGED\[0\]` is what.*\n.*have forward return"):
+            item.sum()
+
+
+@pytest.mark.parametrize(("function", "name"), OUTSIDE)
+def test_whole_parts_do_not_change_what_is_outside_of_the_model(
+    function: Callable[[Any, Tensor], Tensor], name: str
+) -> None:
+    model = Model(lambda model, x: whole(function(model, x)))
     with pytest.raises(CaptureError, match=rf"changes `{name}`, which is no part.*\n.*attribute"):
         capture(model, (torch.randn(4, 3),))
     assert (CALLS, LOGGED, Model.calls) == (0, [], 0)
+
+
+class Recorder:
+    """A hook that keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: Any = None
+        self.seen: list[Any] = []
+        self.by_name: dict[str, list[Any]] = defaultdict(list)
+        self.sizes: set[int] = set()
+        self.recent: deque[Any] = deque(maxlen=1)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.count += 1
+        self.last = output
+        self.seen.append(output.detach().abs().mean().item())
+        self.by_name["layer"].append(output)
+        self.sizes.add(output.dim())
+        self.recent.append(output.shape)
+
+    def record(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self(module, args, output)
+
+
+def _in_a_closure(recorder: Recorder) -> Callable[..., None]:
+    return lambda module, args, output: recorder(module, args, output)
+
+
+def _by_name(recorder: Recorder, module: nn.Module, args: Any, output: Tensor) -> None:
+    recorder(module, args, output)
+
+
+HOOKS: dict[str, Callable[[Recorder], Callable[..., None]]] = {
+    "object": lambda recorder: recorder,
+    "method": lambda recorder: recorder.record,
+    "closure": _in_a_closure,
+    "partial": lambda recorder: functools.partial(_by_name, recorder),
+    "default": lambda recorder: lambda m, a, output, kept=recorder: kept(m, a, output),
+}
+
+
+@pytest.mark.parametrize("kind", [*HOOKS, "all modules"])
+def test_what_hooks_keep_is_as_what_attributes_keep(kind: str) -> None:
+    model, recorder = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), Recorder()
+    times = 3 if kind == "all modules" else 1
+    handle = (
+        torch.nn.modules.module.register_module_forward_hook(recorder)
+        if kind == "all modules"
+        else model[0].register_forward_hook(HOOKS[kind](recorder))
+    )
+    try:
+        captured = capture(model, (torch.randn(4, 3),))
+        assert not captured.runs_submodules
+        assert vars(recorder) == vars(Recorder())
+        for _ in range(2):
+            captured.left.apply(model)
+        again = capture(model, (torch.randn(4, 3),)).left
+        assert again.counted == captured.left.counted
+    finally:
+        handle.remove()
+    assert (recorder.count, len(recorder.seen), recorder.sizes) == (2 * times, 2 * times, {2})
+    assert len(recorder.recent) == 1
+    for kept in (recorder.last, recorder.seen[0], recorder.by_name["layer"], recorder.recent[0]):
+        with pytest.raises(CaptureError, match=r"is what the model's forward left there"):
+            kept + 1
+
+
+def test_what_hooks_go_on_with_is_refused() -> None:
+    for change in (
+        lambda seen, output: output + len(seen.append(output) or seen),
+        lambda seen, output: seen.insert(0, output),
+        lambda seen, output: seen.append(output) or (seen.pop(0) if len(seen) > 3 else output),
+    ):
+        seen: list[Any] = [1]
+        model = nn.Sequential(nn.Linear(3, 3))
+        hook = functools.partial(lambda kept, _, m, a, output: change(kept, output), seen, 0)  # noqa: B023
+        model[0].register_forward_hook(hook)
+        with pytest.raises(CaptureError, match="goes on with what an earlier call left in `list`"):
+            capture(model, (torch.randn(4, 3),))
+        assert seen == [1]
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+def test_caches_outside_of_the_model_stay_as_they_were() -> None:
+    def cached(model: Any, x: Tensor) -> Tensor:
+        if x.shape[1] not in TABLES:
+            TABLES[x.shape[1]] = torch.arange(3.0)
+        return model.layer(x) * TABLES[x.shape[1]]
+
+    model, left = _left(cached)
+    left.apply(model)
+    assert left == Left()
+    assert TABLES == {}
 
 
 @pytest.mark.parametrize("end", [lambda result: result, whole], ids=["captured", "whole"])
@@ -537,7 +653,8 @@ def test_what_is_made_once_outside_is_left_alone(monkeypatch: pytest.MonkeyPatch
             ONCE = 2.0
         return model.layer(x) * ONCE
 
-    capture(Model(once), (torch.randn(4, 3),))
+    model = Model(once)
+    capture(model, (torch.randn(4, 3),)).left.apply(model)
     assert ONCE == 2.0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import _host_random
-from ._flat import positional, written_arguments
+from ._flat import positional, state_name, written_arguments
 from ._layout import NONE, Layout, MixesRows, Split, placed
 from ._side_effects import Rewinding
 from ._sizes import at
@@ -104,7 +104,7 @@ def _check_steady(call: Call, target: Opaque, written: list[fx.Node]) -> None:
     """
     for position, node in zip(target.written, written, strict=True):
         if call.layout(node) is NONE and position not in target.steady:
-            where = f"the buffer `{node.target}`" if node.op == "get_attr" else "a tensor"
+            where = f"the buffer `{state_name(node)}`" if node.op == "get_attr" else "a tensor"
             raise MixesRows(f"writes what depends on the rows to {where}")
 
 

@@ -278,7 +278,7 @@ def test_what_a_part_keeps_of_its_rows_keeps_them_together(way: str) -> None:
     captured = capture(model, (x,))
     graph = json.loads(captured.graph_json)
     assert not graph["batch"]["splittable"]
-    assert "writes what depends on the rows to the buffer" in graph["batch"]["reason"]
+    assert "writes what depends on the rows to the buffer `inner." in graph["batch"]["reason"]
 
 
 def test_a_shared_buffer_is_not_assigned_to() -> None:

@@ -11,6 +11,7 @@ from ._core import Slot
 from ._reach import differ
 from ._strides import ordered
 from .errors import RaNNCError
+from .guards import check_data
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,6 +83,7 @@ class Finish:
                 hint="call the model again before the second backward, or add the losses and call "
                 "backward once",
             )
+        check_data(given, "the loss")
         self.done = True
         reached = self._reached(values, [seed is not None for seed in given])
         seeds = [

@@ -12,12 +12,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import RaNNCError
 from .remote import RemoteParameter, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
 _lifted: list[bool] = []
 
@@ -30,6 +31,22 @@ def lifted() -> Iterator[None]:
         yield
     finally:
         _lifted.pop()
+
+
+def check_data(tensors: Iterable[torch.Tensor | None], what: str) -> None:
+    """Looks for tensors of the exporter's, which have no data, before they reach a send.
+
+    Raises:
+        RaNNCError: when there is one.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, FakeTensor):
+            raise RaNNCError(
+                f"{what} comes from a tensor without data that code kept while the model was "
+                "captured",
+                hint="have forward return what is needed outside of it, in place of keeping it "
+                "in an object or a library that outlives the call",
+            )
 
 
 class _Hook:

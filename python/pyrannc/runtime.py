@@ -24,6 +24,7 @@ from .deployment import Deployment
 from .errors import MismatchError, RaNNCError
 from .executor import Step
 from .finish import Finish, sources_of
+from .guards import check_data
 from .meeting import agree, digest, meet
 from .remote import mark_gradient
 from .scaling import LossScale
@@ -146,6 +147,7 @@ class Runtime(Deployment):
             hooks.check_parameter_hooks(self.local_parameters())
             signature = input_signature(args, kwargs)
             tensors, paths, _ = flatten((args, kwargs))
+            check_data(tensors, "an argument")
             rows = batch_size(tensors)
             common = self._common(tensors, paths, self._variants.row_inputs(signature, mode))
             self._registered.take_over()

@@ -238,7 +238,7 @@ class Variants:
     def add(self, kind: Kind, variant: Variant) -> None:
         """Keeps a variant."""
         holding = frozenset(variant.captured.batch_inputs)
-        self._row_inputs.put((kind.signature, kind.mode), holding)
+        self._row_inputs.put((kind.signature, replace(kind.mode, form=0)), holding)
         self._recent.put(replace(kind, rows=variant.captured.static_rows), variant)
         if self._recent.forgotten == 1:
             logger.warning(
@@ -249,8 +249,11 @@ class Variants:
             )
 
     def row_inputs(self, signature: str, mode: Mode) -> frozenset[int] | None:
-        """Positions of the tensors that hold rows in such a call, once it was captured."""
-        return self._row_inputs.get((signature, mode))
+        """Positions of the tensors that hold rows in such a call, once it was captured.
+
+        The same on all processes, also where the forms of their models differ.
+        """
+        return self._row_inputs.get((signature, replace(mode, form=0)))
 
     def runs_submodules(self) -> bool:
         """Whether one has parts that could not be captured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -335,3 +336,26 @@ def change_on_one_rank() -> None:
 
 def test_attributes_may_differ_where_they_change_nothing(pools: Pools) -> None:
     pools.run(2, change_on_one_rank)
+
+
+def use_what_was_kept() -> None:
+    x = share(torch.randn(8, 4, dtype=torch.float64))
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).double()
+    kept: dict[str, Any] = {}
+    elsewhere: Any = functools.lru_cache(lambda: [])  # what nobody can follow
+    model[1].register_forward_hook(lambda module, args, output: kept.update(middle=output))
+    model[1].register_forward_hook(lambda module, args, output: elsewhere().append(output))
+    wrapped = pyrannc.RaNNCModule(model, config=config(2, 1))
+    output = wrapped(x)
+    with pytest.raises(pyrannc.RaNNCError, match=r"`kept\['middle'\]` is what.*\n.*return it"):
+        output.mean() + kept["middle"].mean()
+    with pytest.raises(pyrannc.RaNNCError, match=r"the loss comes from a tensor without data"):
+        (output.mean() + elsewhere()[0].mean()).backward()
+    output.mean().backward()
+    with pytest.raises(pyrannc.RaNNCError, match=r"an argument comes from a tensor without data"):
+        wrapped(elsewhere()[0])
+    wrapped.undeploy()
+
+
+def test_what_hooks_keep_never_reaches_another_process(pools: Pools) -> None:
+    pools.run(2, use_what_was_kept)

@@ -40,6 +40,7 @@ from .companions import synchronized_stages
 from .dropout import set_dropout
 from .errors import MismatchError, PlanError, RaNNCError
 from .executor import Executor
+from .hooks import captured_hooks
 from .loss_weight import LossWeight
 from .meeting import agree, meet
 from .norms import GradientNorm
@@ -459,6 +460,10 @@ class Deployment:
         """Says once what of the model cannot be divided, and why."""
         if self.comm.rank != 0:
             return
+        hooked = captured_hooks(self.model)
+        if hooked is not None and "hooks" not in self._warned:
+            self._warned.add("hooks")
+            logger.warning("%s", hooked)
         if captured.obstacles and "opaque" not in self._warned:
             self._warned.add("opaque")
             logger.warning("%s", uncaptured(captured, self.model))

@@ -41,14 +41,22 @@ def check_module_hooks(model: torch.nn.Module) -> None:
                 hint="remove it; gradients of parameters are in `.grad` after backward(), and "
                 "hooks on the RaNNCModule itself work",
             )
-        if not str(getattr(hook, "__module__", "")).startswith(_PART_OF_THE_MODEL):
-            logger.warning(
-                "the %s hook on `%s` is captured: what it does to tensors is part of the model, "
-                "but it is not called again, so it prints no more, and what it keeps is an error "
-                "when it is used",
-                kind,
-                path,
-            )
+
+
+def captured_hooks(model: torch.nn.Module) -> str | None:
+    """What is said of forward hooks, which are captured with a model; `None` if it has none."""
+    found = [
+        f"the {kind} hook on `{path}`"
+        for path, kind, hook in _module_hooks(model)
+        if not str(getattr(hook, "__module__", "")).startswith(_PART_OF_THE_MODEL)
+    ]
+    if not found:
+        return None
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return (
+        f"{found[0]}{more} is captured: what it does to tensors is part of the model, but it is "
+        "not called again, so it prints no more, and using what it keeps is an error"
+    )
 
 
 def check_parameter_hooks(parameters: Mapping[str, torch.nn.Parameter]) -> None:

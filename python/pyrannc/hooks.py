@@ -33,7 +33,7 @@ def check_module_hooks(model: torch.nn.Module) -> None:
     Raises:
         RaNNCError: for backward hooks.
     """
-    for path, kind, hook in _module_hooks(model):
+    for path, kind, _ in _module_hooks(model):
         if "backward" in kind:
             raise RaNNCError(
                 f"a {kind} hook is registered on `{path}`, and it would never be called: the "

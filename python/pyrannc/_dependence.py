@@ -55,8 +55,12 @@ class Dependence:
             is_read: whether the content of its arguments is known to Python afterwards.
         """
         depends = any(map(self.reaches, _tensors(arguments)))
-        if depends or self.decided:
+        if depends:
             self._add(_tensors((written, results)))
+        elif self.decided:  # a view of what does not depend on them does not, either
+            viewed = {tensor.untyped_storage()._cdata for tensor in _tensors(arguments)}
+            new = [t for t in _tensors(results) if t.untyped_storage()._cdata not in viewed]
+            self._add([*_tensors(written), *new])
         self.decided |= depends and is_read
 
     def _add(self, tensors: Iterable[torch.Tensor]) -> None:

@@ -58,7 +58,7 @@ class Counts:
 @contextlib.contextmanager
 def counting() -> Iterator[Counts]:
     counts = Counts()
-    capture, make_plan = deployment.capture, planning.make_plan
+    capture, make_plan = deployment.capture_for_all, planning.make_plan
 
     def counted_capture(*args: Any, **kwargs: Any) -> Any:
         counts.captures += 1
@@ -69,7 +69,7 @@ def counting() -> Iterator[Counts]:
         return make_plan(*args, **kwargs)
 
     with (
-        mock.patch.object(deployment, "capture", counted_capture),
+        mock.patch.object(deployment, "capture_for_all", counted_capture),
         mock.patch.object(planning, "make_plan", counted_plan),
     ):
         yield counts

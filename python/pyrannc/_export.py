@@ -405,7 +405,7 @@ def _unknown_sizes(module: fx.GraphModule, candidates: Mapping[int, int]) -> lis
     paths: list[str] = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+        if _is_sized_by_content(node):
             # Though the exporter may take a size that it does not know for the only fitting one.
             paths.append(module_path(node, "model."))
             continue
@@ -419,6 +419,16 @@ def _unknown_sizes(module: fx.GraphModule, candidates: Mapping[int, int]) -> lis
                 paths.append(module_path(node, "model."))
                 break
     return paths
+
+
+def _is_sized_by_content(node: fx.Node) -> bool:
+    """Whether an operator makes as many entries as some tensor's content says."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is torch.ops.aten.index.Tensor:  # by masks, but not by numbers
+        found = [given.meta["val"] for given in node.all_input_nodes[1:]]
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(found))
+    return node.kwargs.get("output_size") is None
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 //! `Graph` and `ValueInfo`, and the order of a graph's operators.
 
 use pyo3::prelude::*;
-use rannc_graph::{Rows, Step};
+use rannc_graph::{Rows, Scope, Step};
 
 use crate::error::raise_graph;
 
@@ -141,16 +141,16 @@ impl ValueInfo {
     }
 }
 
+/// Place, label, what is read and what else must come before.
+type GivenStep = (Vec<Scope>, String, Vec<usize>, Vec<usize>);
+
 /// The positions of operators in the order that does not depend on when they ran.
 ///
 /// `steps` are in an order in which they can run, each with its place in the program (numbers of the
 /// calls and loops around it, and whether they are loops), a label, the
 /// positions of what it reads, and those of what else it must follow.
 #[pyfunction]
-pub(crate) fn canonical_order(
-    py: Python<'_>,
-    steps: Vec<(Vec<(u32, bool)>, String, Vec<usize>, Vec<usize>)>,
-) -> Vec<usize> {
+pub(crate) fn canonical_order(py: Python<'_>, steps: Vec<GivenStep>) -> Vec<usize> {
     let step = |(place, label, reads, after)| Step { place, label, reads, after };
     let steps: Vec<Step> = steps.into_iter().map(step).collect();
     py.detach(|| rannc_graph::canonical_order(&steps))

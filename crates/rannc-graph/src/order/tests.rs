@@ -17,7 +17,7 @@ fn step(graph: &Graph, node: &Node) -> Step {
     }
     for (position, output) in graph.outputs().iter().enumerate() {
         if node.outputs.contains(output) {
-            label.push_str(&format!(" result {position}"));
+            label = format!("{label} result {position}");
         }
     }
     let place = node

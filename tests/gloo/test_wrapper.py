@@ -269,9 +269,9 @@ def differentiate() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RaNNCError, match="backward was called twice"):
         loss.backward()
-    gradients = [p.grad.clone() for p in wrapped.parameters(from_global=False)]
-    (of_inputs,) = torch.autograd.grad(wrapped(x).square().sum(), x)
     held = list(wrapped.parameters(from_global=False))
+    gradients = [p.grad.clone() for p in held]
+    (of_inputs,) = torch.autograd.grad(wrapped(x).square().sum(), x)
     for parameter, gradient in zip(held, gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)  # only those that were asked for
     bare, whole = make(), batch().requires_grad_()
@@ -281,8 +281,7 @@ def differentiate() -> None:
     with pytest.raises(RaNNCError, match="differentiated only once"):
         torch.autograd.grad(wrapped(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        torch.autograd.grad(wrapped(x).sum(), list(wrapped.parameters()))
-    held = list(wrapped.parameters())
+        torch.autograd.grad(wrapped(x).sum(), held)
     unused = torch.autograd.grad(wrapped(x).sum(), held, allow_unused=True)
     assert unused == (None,) * len(held)
     outcome: list[Any] = []

@@ -92,7 +92,7 @@ class Arguments:
         self._found: dict[Path, Any] = {}
         _walk(self._arguments, (), self._found)
         self._items = {path: _items(item) for path, item in self._found.items()}
-        tensors, _, _ = flatten(self._arguments, unknown=lambda _, item: item)
+        tensors, _, _ = flatten(self._arguments, unknown=lambda _, item: item, symbols=True)
         self._tensors = tensors
         self._versions = [tensor._version for tensor in tensors]
 

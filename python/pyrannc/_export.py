@@ -8,7 +8,8 @@ import io
 import logging
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import sympy  # type: ignore[import-untyped]
@@ -23,12 +24,13 @@ from ._flat import module_path
 from ._flat_model import FlatModel
 from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
+from ._numbers import PinnedError, Symbolic, check_independent
 from ._obstacles import DRAWS, SIZES, Obstacle, is_by_content, place_of, reason_of, unknown_numbers
 from ._opaque import UnclearSizesError
-from ._places import dotted, holder_of, num_items, put, replaced
+from ._places import dotted, holder_of, num_items, put, replaced, value_at
 from ._repeats import RealNeededError, traced_once
 from ._side_effects import Left
-from ._sizes import ROWS, Symbols, expression_text, size
+from ._sizes import ROWS, Symbols, expression_text, number_name, size
 from ._snapshot import Changes
 from ._strides import order_of, ordered
 from ._transforms import transforms_seen
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from ._arguments import ArgumentChanges
+    from ._numbers import Number
     from ._opaque import Opaque
     from ._places import Place
     from ._structure import Structure
@@ -62,6 +65,10 @@ class Program:
         left: what a call leaves in attributes of modules.
         read: places in the user's objects that it has read.
         obstacles: what stopped the exporter in the parts that are called as they are.
+        numbers: values of the numbers that are inputs of it, in the order of their symbols.
+        guards: expressions of the numbers that are true where it is valid.
+        stand_ins: expressions of numbers by the values that stand for them in the program.
+        with_numbers: exports it once more, with some numbers as inputs.
     """
 
     module: fx.GraphModule
@@ -76,6 +83,15 @@ class Program:
     left: Left
     read: frozenset[Place]
     obstacles: list[Obstacle]
+    with_numbers: Callable[[Program, Mapping[Number, float]], Program]
+    numbers: Mapping[Number, float] = field(default_factory=dict)
+    guards: tuple[str, ...] = ()
+    stand_ins: Mapping[float, sympy.Expr] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, float]:
+        """The values of its numbers by their names in expressions."""
+        return {number_name(index): value for index, value in enumerate(self.numbers.values())}
 
     @property
     def dynamic(self) -> bool:
@@ -138,6 +154,7 @@ def export(
                 exporter.left,
                 flat.read,
                 exporter.sites.obstacles,
+                partial(exporter.with_numbers, tensors),
             )
     module, state = exporter.export(tensors, rows, dynamic=False)
     flat.tell()
@@ -156,6 +173,7 @@ def export(
         exporter.left,
         flat.read,
         exporter.sites.obstacles,
+        partial(exporter.with_numbers, tensors),
     )
 
 
@@ -230,6 +248,44 @@ class _Exporter:
                 self._observe(tensors, rows)
             except CaptureError as refusal:
                 raise refusal from cause
+
+    def with_numbers(
+        self, tensors: list[torch.Tensor], plain: Program, values: Mapping[Number, float]
+    ) -> Program:
+        """The program with numbers as inputs.
+
+        Raises:
+            PinnedError: when a number decides about sizes, or together with the batch size.
+            Exception: whatever occurs when the model's code is given symbols.
+        """
+        symbolic = Symbolic(values)
+        candidates = self._candidates if plain.dynamic else {}
+        with self._flat.with_symbols(symbolic):
+            copies = self._copies(tensors, plain.rows)
+            module, state = self._traced(Tracker(), copies, candidates)
+        found = _batch_symbols(module, candidates)
+        batch, numbers = list(found.values()), symbolic.table
+        if found.keys() != (plain.batch_inputs.keys() if plain.dynamic else set()) or set(batch) & {
+            *numbers
+        }:
+            raise PinnedError(symbolic.names)
+        symbols = Symbols(batch, numbers)
+        check_independent(module, symbols)
+        changed = self._flat.changes.values
+        before = {place: value_at(self._model, place) for place in changed}
+        pairs = zip(values, symbolic.symbols, strict=True)
+        before |= {number.place: s for number, s in pairs if number.place is not None}
+        return replace(
+            plain,
+            module=module,
+            state=state,
+            symbols=symbols,
+            opaque_calls=self.sites.calls,
+            left=plain.left.with_symbols(changed, symbols, before),
+            numbers=values,
+            guards=symbolic.guards(symbols),
+            stand_ins={v: symbols.translated(e) for v, e in symbolic.stand_ins.items()},
+        )
 
     def _traced(
         self, tracker: Tracker, tensors: list[torch.Tensor], candidates: dict[int, int]

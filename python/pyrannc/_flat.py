@@ -5,8 +5,8 @@ between the operators, and assertions. Here all of that goes: regions are inline
 in one carries its `Scope`; sizes become expressions of `rows` (see `_sizes`); assertions,
 operators that do nothing and operators whose result nobody reads are dropped.
 
-The flat graph has as placeholders the model's tensors, `rows` (how many rows this call has) and
-`row_share` (the part of the whole batch which that is).
+The flat graph has as placeholders the model's tensors, `rows` (how many rows this call has),
+`row_share` (the part of the whole batch which that is) and the numbers that are inputs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
+from ._numbers import PinnedError
 from ._opaque import NAMESPACE, Opaque
 from ._program_place import called_at
-from ._sizes import ROWS, depends_on_rows, expression_text, size
+from ._sizes import evaluated, expression_text, is_variable, size
 from .errors import CaptureError
 
 if TYPE_CHECKING:
@@ -193,6 +195,9 @@ class Flattener:
         inputs: its placeholders for the model's tensors.
         rows: its placeholder for the number of rows.
         row_share: its placeholder for the share of the batch.
+        numbers: its placeholders for numbers.
+        example_rows: the number of rows it was exported with.
+        stood_in: what stands for numbers in the program, as far as that was found.
     """
 
     def __init__(
@@ -219,10 +224,22 @@ class Flattener:
                 self.inputs.append(copied)
         self.rows = self.graph.placeholder("rows")
         self.row_share = self.graph.placeholder("row_share")
+        self.numbers = {name: self.graph.placeholder(name) for name in program.names}
+        self._names = {"rows": program.rows, **program.names}
+        for name, node in self.numbers.items():
+            node.meta["hint"] = program.names[name]
+        self.example_rows = program.rows
+        self._stand_ins = program.stand_ins
+        self.stood_in: set[float] = set()
         arguments = dict(zip(_placeholders(exported), self.inputs, strict=True))
         results = self._inline(exported, dict(arguments), Scope())
         self.graph.output(tuple(results))
         drop_unread(self.graph)
+
+    def is_lifted(self, name: str) -> bool:
+        """Whether a tensor is neither parameter nor buffer: made in the model's code."""
+        found = self.attributes[name]
+        return isinstance(found, torch.Tensor) and id(found) not in self._state_names
 
     def module(self, name: str) -> fx.GraphModule:
         """The flat graph as a module."""
@@ -273,6 +290,7 @@ class Flattener:
             known[node] = self._operator(node, known, scope)
 
     def _operator(self, node: fx.Node, known: dict[fx.Node, Any], scope: Scope) -> fx.Node:
+        self._check_sizes(node)
         args = tuple(self._argument(item, known) for item in node.args)
         kwargs = {key: self._argument(item, known) for key, item in node.kwargs.items()}
         if node.target is operator.getitem:
@@ -296,6 +314,14 @@ class Flattener:
         )
         copied.meta[CALLED_AT] = called_at(node)
         return copied
+
+    def _check_sizes(self, node: fx.Node) -> None:
+        """Refuses numbers for which the exporter had something else, where sizes come from them."""
+        if self._stand_ins and "upsample" in str(node.target):
+            found = [item for item in pytree.tree_leaves(node.args) if isinstance(item, float)]
+            for expression in map(self._stand_ins.get, found):
+                if expression is not None:
+                    raise PinnedError(symbol.name for symbol in expression.free_symbols)
 
     def add_operator(
         self,
@@ -341,9 +367,14 @@ class Flattener:
     def _argument(self, argument: Any, known: dict[fx.Node, Any]) -> Any:
         """An argument with the flat graph's nodes in it."""
 
-        def resolve(node: fx.Node) -> Any:
+        def resolve(node: Any) -> Any:
+            if isinstance(node, float) and node in self._stand_ins:
+                self.stood_in.add(node)
+                return self.size(self._stand_ins[node])
+            if not isinstance(node, fx.Node):
+                return node
             found = known[node]
-            if depends_on_rows(found):
+            if is_variable(found):
                 return self.size(found)
             if isinstance(found, sympy.Basic):
                 return float(found)
@@ -351,18 +382,21 @@ class Flattener:
                 return self._submodule(found)
             return found
 
-        return fx.map_arg(argument, resolve)
+        return fx.node.map_aggregate(argument, resolve)
 
     def size(self, expression: sympy.Expr) -> fx.Node:
-        """The node that computes a size."""
-        if expression.free_symbols != {ROWS}:
+        """The node that computes a size or number."""
+        names = sorted(symbol.name for symbol in expression.free_symbols)
+        if not self._names.keys() >= {*names}:
             message = f"a size is `{expression}`, which depends on what the tensors hold"
             raise CaptureError(message)
         text = expression_text(expression)
         if text not in self._sizes:
-            with self.graph.inserting_after(self.row_share):
-                node = self.graph.call_function(size, (self.rows, text))
+            numbers: Any = {name: self.numbers[name] for name in names if name != "rows"}
+            with self.graph.inserting_after([self.row_share, *self.numbers.values()][-1]):
+                node = self.graph.call_function(size, (self.rows, text), numbers)
             node.meta["size"] = expression
+            node.meta["hint"] = evaluated(text, self._names)
             self._sizes[text] = node
         return self._sizes[text]
 

@@ -20,6 +20,7 @@ from ._structure import Structure, flatten
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ._numbers import Symbolic
     from ._places import Place
 
 _log = logging.getLogger("pyrannc")
@@ -44,7 +45,25 @@ class FlatModel(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Calls the model."""
-        args, kwargs = self._arguments.build(tensors)
+        symbolic = self._noted.symbolic
+        if symbolic is None:
+            return self._call(self._arguments, tensors)
+        with symbolic.placed(self.model, self._arguments, tensors) as arguments:
+            return self._call(arguments, tensors)
+
+    @contextlib.contextmanager
+    def with_symbols(self, symbolic: Symbolic) -> Iterator[None]:
+        """Has forwards find symbols in the places of some numbers."""
+        self._noted.symbolic = symbolic
+        try:
+            yield
+        finally:
+            self._noted.symbolic = None
+
+    def _call(
+        self, arguments: Structure, tensors: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        args, kwargs = arguments.build(tensors)
         passed = Arguments(args, kwargs)
         before = Snapshot(self.model.named_modules(), self._outside)
         try:
@@ -127,6 +146,7 @@ class _Noted:
     arguments: ArgumentChanges = field(default_factory=ArgumentChanges)
     read: set[Place] = field(default_factory=set)
     printed: bool = False
+    symbolic: Symbolic | None = None
 
 
 class _Heard:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import logging
 import weakref
 from collections import deque
 from functools import partial
@@ -22,8 +21,10 @@ import numpy as np
 import torch
 
 from . import _watched
+from ._numbers import Number
 from ._outer import outer_names
 from ._places import GONE, Item, Place, dotted, fields, original, value_at
+from ._structure import is_number
 from .batch_norm import check_groups
 from .errors import RaNNCError
 from .guards import is_guard
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from ._side_effects import Left
     from .comm import Communicator
 
-logger = logging.getLogger(__name__)
-
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _TORCHS = frozenset(torch.nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,8 +44,12 @@ _BY_NAME = (
 )  # fmt: skip
 _MOST_BYTES = 1 << 20
 _MOST_SHOWN = 80
-_READ, _OUTER = -1, -2
-"""Where what was read of objects, and what is outside of the model, stands among the parts."""
+_READ, _OUTER, _FREE = -1, -2, -3
+"""Where what was read of objects, what is outside of the model, and numbers that may have any value
+stand among the parts.
+"""
+_DEPTH = 6
+"""How far into containers numbers are looked for that may change."""
 
 
 class _Identities:
@@ -206,6 +209,17 @@ class _Part:
         hooks = values[len(self._names) :]
         return {**found, f"{prefix}hooks": (hooks, f"{sum(hooks)} hooks")} if hooks else found
 
+    def numbers(self) -> dict[Number, float]:
+        """The numbers that the attributes hold."""
+        found: dict[Place, float] = {}
+        for name in self._names:
+            _find_numbers(self._attributes.get(name), (self.path, name), found)
+        return {
+            Number(dotted(place), place=place): value
+            for place, value in found.items()
+            if place not in self._changed
+        }
+
     def changed(self, before: list[Any], now: list[Any]) -> list[str]:
         """Names of attributes with other values."""
         same_names = len(before) == len(now)
@@ -239,8 +253,10 @@ class Form:
         self._history = _History()
         self._read: dict[Place, None] = {}
         self._changed: frozenset[Place] = frozenset()
+        self._free: list[Place] = []
         self._last: dict[int, list[Any]] = {}
         self._agreed: dict[str, Any] = {}
+        self._captured: dict[int, list[Any]] = {}
         self._digest = 0
 
     def digest(self, whole: Container[int] = ()) -> int:
@@ -268,11 +284,12 @@ class Form:
         found[_OUTER] = [
             self._history.number(index, prints.of(name.value, (name, "value"), self._changed))
             for index, name in enumerate(self._outer)
+            if (name, "value") not in self._changed
         ]
+        found[_FREE] = [self._kind(place, prints) for place in self._free]
         if found != self._last:
             check_module_hooks(self._model)
             check_groups(self._model)
-            self._tell(found)
             self._last = found
             self._digest = _number(repr(found))
         return self._digest
@@ -289,7 +306,11 @@ class Form:
         return _differences([one for one, _ in gathered], changed)
 
     def agreed(self) -> None:
-        """Takes note that what other ranks have in other ways changes nothing that is computed."""
+        """Takes note that the model was captured as it is now.
+
+        What other ranks have in other ways changes nothing that is computed.
+        """
+        self._captured = self._last
         self._agreed = {name: number for name, (number, _) in self._described().items()}
 
     def _described(self) -> dict[str, tuple[Any, str]]:
@@ -308,10 +329,50 @@ class Form:
             found[f"{name.name} (outside of the model)"] = value, _shown(name.value)
         return found
 
+    def _kind(self, place: Place, prints: _Print) -> Any:
+        """What of a number counts that may have any value: that it is one."""
+        value = value_at(self._model, place)
+        if is_number(value):
+            return type(value).__name__
+        return prints.of(value, place, ())
+
+    def numbers(self, whole: Container[int] = ()) -> dict[Number, float]:
+        """All numbers that count, and whose value may change as the model runs.
+
+        Args:
+            whole: identities of submodules that run as they are.
+        """
+        found: dict[Number, float] = {}
+        for part in self._parts:
+            if id(part.module) not in whole:
+                found |= part.numbers()
+        for place in self._read:
+            value = value_at(self._model, place)
+            if is_number(value):
+                found[Number(dotted(place), place=place)] = value
+        outer: dict[Place, float] = {}
+        for name in self._outer:
+            if not name.is_fixed:
+                _find_numbers(name.value, (name, "value"), outer)
+        for place, value in outer.items():
+            if place not in self._changed:
+                found[Number(dotted(place), place=place)] = value
+        return found
+
+    def release(self, numbers: Iterable[Number]) -> None:
+        """Has only the kind of some numbers count from now on."""
+        self._free = [number.place for number in numbers if number.place is not None]
+        self._exclude(self._changed.union(self._free), self._read)
+
     def settle(self, left: Left, read: Iterable[Place]) -> bool:
         """Takes note of what a form's calls read and leave; whether that is news."""
-        changed = self._changed | {*left.written, *left.counted, *left.kept}
-        wanted = sorted({*self._read, *read} - changed, key=repr)
+        return self._exclude(
+            self._changed | {*left.written, *left.counted, *left.kept}, {*self._read, *read}
+        )
+
+    def _exclude(self, changed: frozenset[Place], read: Iterable[Place]) -> bool:
+        """Has some places not count; whether that is news."""
+        wanted = sorted({*read} - changed, key=repr)
         if changed == self._changed and wanted == [*self._read]:
             return False
         self._changed = changed
@@ -322,26 +383,38 @@ class Form:
         self._last = {}
         return True
 
-    def _tell(self, found: dict[int, list[Any]]) -> None:
+    def changed(self) -> list[str]:
+        """Names of what has another value than at the last capture."""
         changed = [
             name
-            for index, now in found.items()
-            if index in self._last and index >= 0
-            for name in self._parts[index].changed(self._last[index], now)
+            for index, now in self._last.items()
+            if index in self._captured and index >= 0
+            for name in self._parts[index].changed(self._captured[index], now)
         ]
-        for index, names in (
-            (_READ, map(dotted, self._read)),
-            (_OUTER, [n.name for n in self._outer]),
-        ):
-            before = self._last.get(index, found[index])
-            triples = zip(names, before, found[index], strict=False)
-            changed += [name for name, former, now in triples if former != now]
-        if changed:
-            logger.warning(
-                "`%s` has changed since the last call; with each new value of an attribute the "
-                "model is captured again, so do not keep what changes in every step in one",
-                "`, `".join(changed[:3]),
-            )
+        outer = [name.name for name in self._outer if (name, "value") not in self._changed]
+        for index, names in ((_READ, [*map(dotted, self._read)]), (_OUTER, outer)):
+            before, now = self._captured.get(index, []), self._last.get(index, [])
+            if len(before) == len(now):
+                triples = zip(names, before, now, strict=False)
+                changed += [name for name, former, value in triples if former != value]
+        return changed
+
+
+def _find_numbers(value: Any, place: Place, found: dict[Place, float]) -> None:
+    """Finds the numbers in a value that can be replaced there."""
+    if is_number(value):
+        found[place] = value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = [(Item(key), item) for key, item in value.items()]
+    elif isinstance(value, list):
+        items = [(Item(index), item) for index, item in enumerate(value)]
+    elif _watched.is_namespace(value):
+        items = fields(value).items()
+    if len(place) < _DEPTH:
+        for step, item in items:
+            _find_numbers(item, (*place, step), found)
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,7 @@ from .capture import Captured, batch_size, capture
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
 
 def capture_for_all(
@@ -27,7 +27,7 @@ def capture_for_all(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     rows: int,
-    output_reduction: Mapping[str, str] | str | None,
+    run: Callable[..., Captured],
     *,
     gathered: bool,
 ) -> Captured:
@@ -38,7 +38,7 @@ def capture_for_all(
         args: positional arguments of this process's call.
         kwargs: its keyword arguments.
         rows: how many rows all processes have together.
-        output_reduction: as for `capture`.
+        run: captures it for arguments.
         gathered: whether the local batches of several processes make the global one.
 
     Raises:
@@ -47,14 +47,14 @@ def capture_for_all(
     local = batch_size(flatten((args, kwargs))[0])
     whole = _with_rows((args, kwargs), local, rows)
     try:
-        captured = capture(model, args, kwargs, output_reduction=output_reduction)
+        captured = run(args, kwargs)
     except CaptureError:
         raise
     except Exception:  # whatever the user's forward raises
         if rows == local:
             raise
         try:
-            return capture(model, *whole, output_reduction=output_reduction)
+            return run(*whole)
         except Exception:  # the first failure tells more
             pass
         raise
@@ -63,7 +63,7 @@ def capture_for_all(
     if captured.static_rows in (None, rows):
         return captured
     try:
-        return capture(model, *whole, output_reduction=output_reduction)
+        return run(*whole)
     except CaptureError:
         raise
     except Exception as failure:  # whatever the user's forward raises

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ._cut import cut
-from ._flat import Operator, Scope, Scoped, drop_unread, operator_of, positional
+from ._cut import Part, cut
+from ._flat import Operator, Scope, Scoped, drop_unread, is_value, operator_of, positional
 from ._layout import NONE, SUM, Layout, MixesRows, Split, merge, placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ._rows import Call
 
@@ -85,22 +85,22 @@ class Denominator:
     """
 
     def __init__(
-        self,
-        module: fx.GraphModule,
-        finish: Callable[..., torch.Tensor],
-        batch_input: int,
-        batch_dim: int,
+        self, part: Part, finish: Callable[..., torch.Tensor], batch_input: int, batch_dim: int
     ) -> None:
-        self.module = module
+        self.module = part.module
+        self._extras = part.extras
         self._finish = finish
         self._batch_input = batch_input
         self._batch_dim = batch_dim
 
     @torch.no_grad()
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """This process's part, of its tensor arguments in the graph's order."""
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], numbers: Mapping[str, float] | None = None
+    ) -> torch.Tensor:
+        """This process's part, of its tensor arguments in the graph's order and of numbers."""
         rows = tensors[self._batch_input].shape[self._batch_dim]
-        return self._finish(rows, *self.module(*tensors, rows))
+        known = {**(numbers or {}), "rows": rows}
+        return self._finish(rows, *self.module(*tensors, *(known[name] for name in self._extras)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,20 +284,32 @@ class Rewriter:
             first, second, alpha, subtracts = second, first, alpha, True
         # Now the result is `first + alpha * second`, or minus.
         sign = -1 if subtracts else 1
-        if isinstance(second, fx.Node):
-            number, factor, tensor = first, sign * alpha, second
-        else:
-            number, factor, tensor = sign * alpha * second, 1, first
         with self._graph.inserting_before(node):
+            if isinstance(second, fx.Node) and is_value(second):
+                number, factor, tensor = first, self._product(sign, alpha), second
+            else:
+                number, factor, tensor = self._product(sign, alpha, second), 1, first
             scaled = self._new(node, aten.mul.Tensor, (tensor, factor))
             added = self._new(
-                node, aten.add.Tensor, (scaled, self._row_share), {"alpha": float(number)}
+                node,
+                aten.add.Tensor,
+                (scaled, self._row_share),
+                {"alpha": self._product(1.0, number)},
             )
         for new in (scaled, added):
             new.meta["val"] = node.meta["val"]
             self._layouts[new] = SUM
         node.replace_all_uses_with(added)
         self._graph.erase_node(node)
+
+    def _product(self, first: Any, *others: Any) -> Any:
+        """The product of numbers, some of which may be nodes that compute them."""
+        for other in others:
+            if isinstance(first, fx.Node) or isinstance(other, fx.Node):
+                first = self._graph.call_function(operator.mul, (first, other))
+            else:
+                first = first * other
+        return first
 
     def _count(self, node: fx.Node) -> None:
         what = operator_of(node)
@@ -348,7 +360,7 @@ class Rewriter:
         part = cut(self._module, self._inputs, read, name="Denominator", always=("rows",))
         layouts = [self._layouts[node] for node in self._inputs]
         batch_input, dim = next((i, w.dim) for i, w in enumerate(layouts) if isinstance(w, Split))
-        self.denominators.append(Denominator(part.module, finish, batch_input, dim))
+        self.denominators.append(Denominator(part, finish, batch_input, dim))
         return placeholder
 
 

@@ -251,11 +251,12 @@ def _auxiliary(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any],
         if "example" in node.meta:
             example = node.meta["example"]
             return torch.empty(example.shape, dtype=example.dtype, device=example.device)
-        return rows if node.name == "rows" else 1.0
+        return rows if node.name == "rows" else node.meta.get("hint", 1.0)
     if node.op == "get_attr":
         return attribute(module, node)
     function: Any = node.target
-    return function(*fx.map_arg(node.args, known.__getitem__))
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+    return function(*args, **kwargs)
 
 
 def _operator(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any], run: _Run) -> None:

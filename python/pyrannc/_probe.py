@@ -189,7 +189,7 @@ def _rows_of(value: torch.Tensor, layout: Layout, part: tuple[int, int]) -> torc
 
 def _run(call: Call, values: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
     def resolve(node: fx.Node) -> Any:
-        return values[node].clone()
+        return node.meta["hint"] if "size" in node.meta else values[node].clone()
 
     args, kwargs = fx.map_arg((call.node.args, dict(call.node.kwargs)), resolve)
     if "device" in kwargs:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ._numbers import PinnedError, check_apart
 from ._places import (
     GONE,
     Absent,
@@ -15,11 +16,13 @@ from ._places import (
     get,
     holder_of,
     is_plain,
+    leaves,
     put,
     revealed,
     value_at,
     walk,
 )  # fmt: skip
+from ._sizes import evaluated, expression_text, is_variable, names_in
 from ._snapshot import Snapshot
 from .errors import ExecutionError
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ._sizes import Symbols
     from ._snapshot import Changes
 
 _MOST_STEPS = 64
@@ -52,8 +56,19 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A value that depends on numbers which the call was given.
+
+    Attributes:
+        expression: of these numbers.
+    """
+
+    expression: str
+
+
+@dataclass(frozen=True, slots=True)
 class Left:
-    """What a call leaves.
+    """What a call leaves; values may be `Computed`.
 
     Attributes:
         state: new values of numbers, flags and texts on which the next call depends, too.
@@ -80,17 +95,56 @@ class Left:
             {**self.kept, **other.kept},
         )
 
+    def with_symbols(
+        self, values: Mapping[Place, Any], symbols: Symbols, before: Mapping[Place, Any]
+    ) -> Left:
+        """The same, as far as it depends on numbers that were symbols in a forward.
+
+        Args:
+            values: what that forward changed.
+            symbols: translates these.
+            before: the numbers that were there, or symbols.
+
+        Raises:
+            PinnedError: when nobody can follow.
+        """
+        computed: dict[Place, Computed] = {}
+        for place, value in values.items():
+            if place[:2] in self.absent:
+                continue
+            expression = symbols.expression(value)
+            inside = [names_in(symbols.expression(leaf)) for leaf in leaves(value)]
+            if any(inside) and (place in self.kept or not is_variable(expression)):
+                raise PinnedError(set[str]().union(*inside))
+            if place in self.counted:
+                expression = expression - symbols.expression(before[place])
+            if is_variable(expression):
+                check_apart(expression)
+                computed[place] = Computed(expression_text(expression))
+
+        def new(known: Mapping[Place, Any]) -> dict[Place, Any]:
+            return {place: computed.get(place, value) for place, value in known.items()}
+
+        return replace(
+            self, state=new(self.state), written=new(self.written), counted=new(self.counted)
+        )
+
     @property
     def followed(self) -> list[Place]:
         """Where the new value is known."""
         return [*self.state, *self.written, *self.counted]
 
-    def apply(self, model: torch.nn.Module) -> None:
-        """Changes what the model holds as a call of the bare model does."""
+    def apply(self, model: torch.nn.Module, numbers: Mapping[str, float] | None = None) -> None:
+        """Changes what the model holds as a call of the bare model does.
+
+        Args:
+            model: the model.
+            numbers: what the call was given, by the names in expressions.
+        """
         for place in self.followed:
             holder = holder_of(model, place)
             if holder is not GONE:
-                put(holder, place[-1], self.expected(place, get(holder, place[-1])))
+                put(holder, place[-1], self.expected(place, get(holder, place[-1]), numbers))
         for place in self.absent:
             before = value_at(model, place)
             if type(before) is not Absent:
@@ -102,13 +156,20 @@ class Left:
             elif holder is not GONE:
                 put(holder, place[-1], value)
 
-    def expected(self, place: Place, before: Any) -> Any:
+    def expected(
+        self, place: Place, before: Any, numbers: Mapping[str, float] | None = None
+    ) -> Any:
         """What a call makes of what was there."""
+
+        def value(told: Any) -> Any:
+            is_computed = isinstance(told, Computed)
+            return evaluated(told.expression, numbers or {}) if is_computed else told
+
         for known in (self.state, self.written):
             if place in known:
-                return known[place]
+                return value(known[place])
         if place in self.counted and isinstance(before, (int, float)):
-            return before + self.counted[place]
+            return before + value(self.counted[place])
         return before
 
 

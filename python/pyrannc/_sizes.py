@@ -1,8 +1,9 @@
-"""Sizes as expressions of the number of rows.
+"""Sizes as expressions of the number of rows, and of numbers that the model is given.
 
 Capture sees one batch; the sizes it computed from the batch come as symbolic expressions. In the
 captured graph every such size is a call `size(rows, "8*rows")`, which any part of the graph can
-make from the number of rows it is given.
+make from the number of rows it is given. Numbers among the arguments or in attributes that change
+from call to call occur in such expressions, too: as `number_0`, `number_1`...
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch.utils._sympy.printers import PythonPrinter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import CodeType
 
 ROWS = sympy.Symbol("rows", integer=True, positive=True)
@@ -24,10 +26,19 @@ Size: TypeAlias = "int | sympy.Expr"
 Affine: TypeAlias = "int | list[int]"
 
 
+def size(rows: int, expression: str, **numbers: float) -> Any:
+    """The value of an expression of `rows` and of numbers."""
+    return evaluated(expression, {"rows": rows, **numbers}) if numbers else _size(rows, expression)
+
+
+def evaluated(expression: str, names: Mapping[str, float]) -> Any:
+    """The value of an expression of some names."""
+    return eval(_compiled(expression), {**names, "math": math, "torch": torch})
+
+
 @functools.lru_cache(maxsize=4096)
-def size(rows: int, expression: str) -> Any:
-    """The value of an expression of `rows`."""
-    return eval(_compiled(expression), {"rows": rows, "math": math, "torch": torch})
+def _size(rows: int, expression: str) -> Any:
+    return evaluated(expression, {"rows": rows})
 
 
 @functools.lru_cache(maxsize=1024)
@@ -35,14 +46,51 @@ def _compiled(expression: str) -> CodeType:
     return compile(expression, "<size>", "eval")
 
 
+class _Printer(PythonPrinter):
+    """Writes floating-point numbers with all their digits, and more functions."""
+
+    def _print_Float(self, expression: sympy.Expr) -> str:
+        return repr(float(expression))
+
+    def _print_OpaqueUnaryFn_sqrt(self, expression: sympy.Expr) -> str:
+        return f"math.sqrt({self._print(expression.args[0])})"
+
+    def _print_OpaqueUnaryFn_exp(self, expression: sympy.Expr) -> str:
+        return f"math.exp({self._print(expression.args[0])})"
+
+    def _print_OpaqueUnaryFn_log(self, expression: sympy.Expr) -> str:
+        return f"math.log({self._print(expression.args[0])})"
+
+
 def expression_text(expression: sympy.Expr) -> str:
     """Python source of an expression."""
-    return str(PythonPrinter().doprint(expression))
+    return str(_Printer().doprint(expression))
+
+
+def is_variable(expression: Any) -> bool:
+    """Whether a size or number is another one in other calls."""
+    return isinstance(expression, sympy.Basic) and bool(expression.free_symbols)
+
+
+def names_in(expression: Any) -> set[str]:
+    """The names of the variables in a size or number."""
+    return {symbol.name for symbol in expression.free_symbols} if is_variable(expression) else set()
 
 
 def depends_on_rows(expression: Any) -> bool:
     """Whether a size changes with the batch."""
-    return isinstance(expression, sympy.Basic) and bool(expression.free_symbols)
+    return is_variable(expression) and ROWS in expression.free_symbols
+
+
+def number_symbol(index: int, value: float) -> sympy.Symbol:
+    """What stands for a number that the model is given."""
+    is_whole = isinstance(value, int)
+    return sympy.Symbol(number_name(index), integer=True if is_whole else None, real=True)
+
+
+def number_name(index: int | str) -> str:
+    """Its name in expressions, and in the graph."""
+    return f"number_{index}"
 
 
 def rows_factor(expression: Size) -> int | None:
@@ -57,7 +105,15 @@ def rows_factor(expression: Size) -> int | None:
 
 def degree_in_rows(expression: sympy.Expr) -> int:
     """1 if proportional to the rows, -1 if inversely so, 0 if neither."""
-    samples = [(rows, float(size(rows, expression_text(expression)))) for rows in (2, 3, 5, 16)]
+    text = expression_text(expression)
+    degrees = set()
+    for value in (2, 7):  # of all other numbers in it
+        others = dict.fromkeys(names_in(expression) - {"rows"}, value)
+        degrees.add(_degree([(rows, float(size(rows, text, **others))) for rows in (2, 3, 5, 16)]))
+    return degrees.pop() if len(degrees) == 1 else 0
+
+
+def _degree(samples: list[tuple[int, float]]) -> int:
     for degree in (1, -1):
         factors = [number / rows**degree for rows, number in samples]
         if factors[0] and all(math.isclose(factor, factors[0]) for factor in factors):
@@ -89,24 +145,32 @@ def affine(expression: Size, rows: int) -> Affine:
 
 
 class Symbols:
-    """Translates the exporter's symbols, one for each batch input, into the one symbol `rows`."""
+    """Translates the exporter's symbols: those of batch inputs become the one symbol `rows`.
 
-    def __init__(self, batch_symbols: list[sympy.Symbol]) -> None:
-        self._table = dict.fromkeys(batch_symbols, ROWS)
+    Attributes:
+        any: whether there are any of batch inputs.
+    """
 
-    @property
-    def any(self) -> bool:
-        """Whether there are any."""
-        return bool(self._table)
+    def __init__(
+        self,
+        batch_symbols: list[sympy.Symbol],
+        numbers: Mapping[sympy.Symbol, sympy.Symbol] | None = None,
+    ) -> None:
+        self.any = bool(batch_symbols)
+        self._table = {**dict.fromkeys(batch_symbols, ROWS), **(numbers or {})}
 
     def expression(self, number: Any) -> Any:
         """A number, or the expression of `rows` it stands for."""
         if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return number
-        expression = number.node.expr.xreplace(self._table)
+        expression = self.translated(number.node.expr)
         if expression.is_Integer:
             return int(expression)
         return expression
+
+    def translated(self, expression: sympy.Expr) -> sympy.Expr:
+        """An expression of the exporter's as one of `rows` and numbers."""
+        return expression.xreplace(self._table)
 
     def shape(self, tensor: torch.Tensor) -> tuple[Size, ...]:
         """The sizes of a tensor."""

@@ -38,9 +38,11 @@ class Stated(torch.nn.Module):
         self._is_mean = reduction == "mean"
         self.__name__ = f"{reduction}.{name}"
 
-    def forward(self, *args: torch.Tensor, rows: int, row_share: float) -> torch.Tensor:
+    def forward(
+        self, *args: torch.Tensor, rows: int, row_share: float, **numbers: float
+    ) -> torch.Tensor:
         """Runs the operators; what is stated inside of them counts for this part alone."""
-        known = {"rows": rows, "row_share": 1.0}
+        known = {**numbers, "rows": rows, "row_share": 1.0}
         (result,) = self.inner(*args, *(known[name] for name in self._extras))
         value: torch.Tensor = result * row_share if self._is_mean else result
         return value
@@ -170,7 +172,7 @@ def _replace(module: fx.GraphModule, root: fx.Node, members: set[fx.Node], reduc
     module.add_submodule(f"_stated_{number}", stated)
     extras: dict[str, Any] = {
         name: next(node for node in graph.nodes if node.name == name)
-        for name in ("rows", "row_share")
+        for name in dict.fromkeys(("rows", "row_share", *part.extras))
     }
     with graph.inserting_after(root):
         new = graph.call_module(f"_stated_{number}", tuple(inputs), extras)

@@ -186,6 +186,7 @@ class _Work:
         device = stopwatch._device
         count = len(stopwatch._captured.denominators)
         self._denominators = [torch.ones((), device=device) for _ in range(count)]
+        self._numbers = stopwatch._captured.named_numbers(stopwatch._captured.numbers)
 
     def run(self, device: torch.device, launches: int) -> Times:
         """The time of one run, as the mean of several that are launched together."""
@@ -193,7 +194,8 @@ class _Work:
         now = _clock(device)
         synchronize(device)
         start = now()
-        results = [self._stage(values, self._rows, 1.0, self._denominators) for values in arguments]
+        known = (self._rows, 1.0, self._denominators, None, self._numbers)
+        results = [self._stage(values, *known) for values in arguments]
         synchronize(device)
         forward_ns = (now() - start) // launches
         work = [_differentiated(result) for result in results]

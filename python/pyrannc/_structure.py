@@ -9,13 +9,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
+import numpy as np
 import torch
 
 from .errors import CaptureError
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this may be a number that changes from call to call; flags are none."""
+    return type(value) in (int, float, np.float64)
+
+
+Path: TypeAlias = tuple[Any, ...]
+"""The way to something in a container: keys, names of fields and indices."""
 
 CONSTANTS = (
     type(None),
@@ -76,25 +86,62 @@ class Structure:
         def walk(part: Structure, path: tuple[str, ...]) -> None:
             if part.kind == "tensor":
                 found[part.value] = ".".join(path)
-            names = part.keys or range(len(part.children))
-            for name, child in zip(names, part.children, strict=True):
+            for name, child in part._items():
                 walk(child, (*path, str(name)))
 
         walk(self, ())
         return [found[index] for index in range(len(found))]
 
-    def describe(self, leaf: Callable[[int], str]) -> str:
-        """A text that is equal for equal structures; `leaf` describes the tensor of an index."""
+    def constants(self) -> dict[Path, Any]:
+        """The constants by the ways to them."""
+        if self.kind == "constant":
+            return {(): self.value}
+        return {
+            (name, *path): value
+            for name, child in self._items()
+            for path, value in child.constants().items()
+        }
+
+    def with_constants(self, values: Mapping[Path, Any]) -> Structure:
+        """The same with other constants in some places."""
+        if not values:
+            return self
+        if self.kind == "constant":
+            return dataclasses.replace(self, value=values.get((), self.value))
+        children = [
+            child.with_constants({p[1:]: value for p, value in values.items() if p[:1] == (name,)})
+            for name, child in self._items()
+        ]
+        return dataclasses.replace(self, children=tuple(children))
+
+    def describe(self, leaf: Callable[[int], str], numbers: Collection[Path] = ()) -> str:
+        """A text that is equal for equal structures; `leaf` describes the tensor of an index.
+
+        Of numbers in some places only their type counts.
+        """
         if self.kind == "tensor":
             return leaf(self.value)
         if self.kind == "constant":
-            return f"{type(self.value).__name__}:{self.value!r}"
-        names = self.keys or range(len(self.children))
+            kind = type(self.value).__name__
+            return (
+                f"any {kind}"
+                if () in numbers and is_number(self.value)
+                else f"{kind}:{self.value!r}"
+            )
         items = (
-            f"{name!r}={child.describe(leaf)}"
-            for name, child in zip(names, self.children, strict=True)
+            f"{name!r}={child.describe(leaf, _below(name, numbers))}"
+            for name, child in self._items()
         )
         return f"{type(self.value).__qualname__}({','.join(items)})"
+
+    def _items(self) -> Iterator[tuple[Any, Structure]]:
+        names = self.keys or range(len(self.children))
+        return zip(names, self.children, strict=True)
+
+
+def _below(name: Any, paths: Collection[Path]) -> list[Path]:
+    """The rest of the ways that begin with a name."""
+    return [path[1:] for path in paths if path[:1] == (name,)]
 
 
 def flatten(
@@ -102,6 +149,7 @@ def flatten(
     *,
     unknown: Callable[[str, Any], Any] | None = None,
     root: str = "argument",
+    symbols: bool = False,
 ) -> tuple[list[torch.Tensor], list[str], Structure]:
     """Takes a container apart.
 
@@ -110,6 +158,7 @@ def flatten(
         unknown: gives what stands for an object of unknown type, by its path and itself; without
             it they are refused.
         root: what the container is called in messages.
+        symbols: whether there may be symbols in it, as constants.
 
     Returns:
         The tensors, a name for each by its path in the container, and the rest.
@@ -126,6 +175,8 @@ def flatten(
             names.append(".".join(path))
             return Structure("tensor", len(tensors) - 1)
         if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if symbols:
+                return Structure("constant", item)
             place = " ".join((root, *path))
             message = f"`{place}` is a number computed from the batch size"
             raise CaptureError(message, "let the model return tensors only")

@@ -31,23 +31,26 @@ from ._opaque import Opaque
 from ._order import put_in_order
 from ._outer import outer_roots
 from ._places import revealed, revealed_outside
+from ._promoted import promoted
 from ._rows import RowAnalysis, analyse, is_random
 from ._side_effects import Left
-from ._sizes import ROWS
+from ._sizes import ROWS, evaluated, number_name
 from ._stated import state
 from ._structure import Structure, flatten
 from .errors import CaptureError
 from .streams import draws, share
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import fx
 
     from ._arguments import ArgumentChanges
+    from ._numbers import Number
     from ._obstacles import Obstacle
     from ._places import Place
     from ._strides import Order
+    from ._structure import Path
 
 
 _EXPORTED_NAME = "model."
@@ -74,6 +77,9 @@ class Captured:
         read: places in the user's objects that its forward has read.
         obstacles: what stopped the exporter in the parts that are called as they are.
         mixing_module: the submodule that keeps the batch from being split, if it is known.
+        numbers: the numbers that it is given, in the order of their names in expressions, and
+            what they were.
+        guards: expressions of the numbers that are true where it is valid.
     """
 
     graph_json: str
@@ -90,6 +96,8 @@ class Captured:
     read: frozenset[Place]
     obstacles: list[Obstacle]
     mixing_module: str | None
+    numbers: Mapping[Number, float]
+    guards: tuple[str, ...]
     _arguments: Structure = field(repr=False)
     _description: str = field(repr=False)
     _results: Structure = field(repr=False)
@@ -105,7 +113,7 @@ class Captured:
             CaptureError: when the call has another form than the captured one.
         """
         tensors, _, structure = flatten((args, kwargs or {}))
-        description = _describe(tensors, structure)
+        description = _describe(tensors, structure, self.numbers)
         if description != self._description:
             message = f"the model is called with {description}, but was captured with "
             raise CaptureError(message + self._description)
@@ -167,6 +175,29 @@ class Captured:
         sites = [target.site.module for target in opaque if isinstance(target, Opaque)]
         return {id(part) for site in sites if site is not None for part in site.modules()}
 
+    def serves(self, numbers: Mapping[Number, float]) -> bool:
+        """Whether it is valid for these values of its numbers."""
+        if not numbers.keys() >= self.numbers.keys():
+            return False
+        names = self.named_numbers(numbers)
+        return all(evaluated(guard, names) for guard in self.guards)
+
+    def named_numbers(self, numbers: Mapping[Number, float]) -> dict[str, float]:
+        """The values of its numbers, by their names in expressions."""
+        return {number_name(i): numbers[number] for i, number in enumerate(self.numbers)}
+
+    @cached_property
+    def used_numbers(self) -> set[Number]:
+        """Those of its numbers that it computes or decides with."""
+        nodes = {node.name: node for node in self.module.graph.nodes if node.op == "placeholder"}
+        counts = [str(count.module.code) for count in self.denominators]
+        return {
+            number
+            for name, number in zip(self.named_numbers(self.numbers), self.numbers, strict=True)
+            if any(name in text for text in (*self.guards, *counts))
+            or (name in nodes and nodes[name].users)
+        }
+
     def num_rows(self, tensors: list[torch.Tensor]) -> int:
         """How many rows the tensors of a call hold."""
         if not self.batch_inputs:
@@ -183,6 +214,8 @@ def capture(
     batch_rows_hint: int | None = None,
     batch_dim: int = 0,
     output_reduction: Mapping[str, str] | str | None = None,
+    numbers: Mapping[Number, float] | None = None,
+    deciding: Collection[Number] = (),
 ) -> Captured:
     """Captures a model's forward for arguments like these.
 
@@ -194,6 +227,8 @@ def capture(
         batch_dim: the dimension of the first tensor in which rows are looked for.
         output_reduction: for results that reduce over rows otherwise than the analysis can tell,
             by their paths or for all: `mean` or `sum` of what parts of the batch give.
+        numbers: the values of numbers that should be inputs of the graph where that is right.
+        deciding: those of them of which it is known not to be right.
 
     Raises:
         CaptureError: when the arguments or results have a form that cannot be taken apart.
@@ -208,7 +243,7 @@ def capture(
     for position, tensor in enumerate(tensors):
         if batch_dim and tensor.dim() > batch_dim and tensor.shape[batch_dim] == rows:
             row_dims[position] = batch_dim
-    call = _Call(model, tensors, names, structure, rows, row_dims)
+    call = _Call(model, tensors, names, structure, rows, row_dims, numbers or {}, deciding)
     with _uncollected(), revealed(model.modules()), revealed_outside(outer_roots(model)):
         return _with_batch_found(call, output_reduction)
 
@@ -287,6 +322,8 @@ class _Call:
     structure: Structure
     rows: int
     row_dims: dict[int, int]
+    numbers: Mapping[Number, float]
+    deciding: Collection[Number]
 
 
 def _captured(
@@ -300,8 +337,14 @@ def _captured(
     program = export(model, tensors, structure, rows, static_reason, opaque, call.row_dims)
     for position in program.arguments.written:
         check_apart(tensors, call.names, position)
-    flat = Flattener(program, _EXPORTED_NAME, _state_names(model))
     with compiled_when_called():
+        names = _state_names(model)
+        program, flat = promoted(
+            program,
+            lambda found: Flattener(found, _EXPORTED_NAME, names),
+            call.numbers,
+            call.deciding,
+        )
         module = flat.module(type(model).__name__)
     put_in_order(
         module,
@@ -347,8 +390,10 @@ def _captured(
         read=program.read,
         obstacles=program.obstacles,
         mixing_module=analysis.mixing_module,
+        numbers=program.numbers,
+        guards=program.guards,
         _arguments=structure,
-        _description=_describe(tensors, structure),
+        _description=_describe(tensors, structure, program.numbers),
         _results=program.results,
         _changes=program.arguments,
         _constants=frozenset(v["name"] for v in file.values if v["kind"] == "constant"),
@@ -399,8 +444,14 @@ def batch_size(tensors: list[torch.Tensor], dim: int = 0) -> int:
     return 1
 
 
-def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> str:
+def input_signature(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    numbers: Collection[Path] = (),
+) -> str:
     """A text that is equal for calls which one capture serves.
+
+    Of the arguments in some places, which are numbers, only the types count.
 
     It holds the structure of the arguments, types, sizes but for the batch's, which tensors require
     gradients, all plain values, and the state of autocast.
@@ -421,11 +472,11 @@ def input_signature(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None)
         gradient = " with gradient" if tensor.requires_grad else ""
         return f"{tensor.dtype}[{','.join(sizes)}]@{tensor.device.type}{gradient}"
 
-    return "; ".join([structure.describe(leaf), *regions])
+    return "; ".join([structure.describe(leaf, numbers), *regions])
 
 
 def argument_names(model: torch.nn.Module, paths: Sequence[str]) -> list[str]:
-    """Names of the tensors among the arguments: that of the parameter, then the path inside it."""
+    """Names of arguments: that of the parameter, then the path inside it."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
@@ -452,8 +503,11 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def _describe(tensors: list[torch.Tensor], structure: Structure) -> str:
-    return structure.describe(lambda index: f"{tensors[index].dtype}[{tensors[index].dim()}d]")
+def _describe(tensors: list[torch.Tensor], structure: Structure, numbers: Iterable[Number]) -> str:
+    def leaf(index: int) -> str:
+        return f"{tensors[index].dtype}[{tensors[index].dim()}d]"
+
+    return structure.describe(leaf, [n.argument for n in numbers if n.argument is not None])
 
 
 def _input_layouts(flat: Flattener, program: Program) -> dict[fx.Node, Layout]:

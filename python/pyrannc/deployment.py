@@ -34,7 +34,8 @@ from ._wrapper import not_looked_into
 from .accumulation import Accumulation, Reduction
 from .batch_norm import capturable_norms, place_part_norms
 from .buffers import Announcement, Registered
-from .capture import Captured, argument_names, batch_size
+from .capture import Captured, argument_names, batch_size, capture, input_signature
+from .changing import Changing, numbers_in, refuse_other_numbers
 from .comm import Communicator
 from .companions import synchronized_stages
 from .dropout import set_dropout
@@ -55,6 +56,7 @@ from .variants import Kind, Mode, Variant, Variants, holders_beyond
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ._numbers import Number
     from ._strides import Order
     from .config import Config
 
@@ -113,6 +115,7 @@ class Deployment:
         self.buffers = dict(model.named_buffers())
         self._registered = Registered(model)
         self._variants = Variants()
+        self._changing = Changing()
         self.dropout: bool | None = None
         self.whole_optimizer: WholeOptimizer | None = None
         if optimizer is not None:
@@ -167,7 +170,7 @@ class Deployment:
         self._create_groups(placement)
         self._take_part()
         self._divide(placement)
-        self._keep(kind, self._build(captured, graph, placement))
+        self._keep(kind, self._build(captured, graph, placement), args, kwargs)
         self.norm = GradientNorm(self.comm, self.parameters, self.holders, self.accumulation)
         self.norm.watch()
         if self.comm.world_size > 1:
@@ -302,7 +305,11 @@ class Deployment:
         *,
         with_gradients: bool,
     ) -> Variant:
-        variant = self._variants.find(kind, rows, with_gradients=with_gradients)
+        numbers = self._numbers(args, kwargs)
+        variant = self._variants.find(kind, rows, numbers, with_gradients=with_gradients)
+        if variant is None and self._promote(args, kwargs):
+            signature = input_signature(args, kwargs, self._changing.arguments)
+            kind = Kind(signature, self._mode_together())
         if variant is None:
             with self._materialized():
                 captured, graph = self._capture(args, kwargs, rows)
@@ -311,7 +318,7 @@ class Deployment:
             self._place_late(placement)
             self._create_groups(placement)
             variant = self._build(captured, graph, placement)
-            self._keep(kind, variant)
+            self._keep(kind, variant, args, kwargs)
         return variant
 
     def _mode(self) -> Mode:
@@ -328,7 +335,31 @@ class Deployment:
         mode = self._mode()
         return mode.together([form for (form,) in self.comm.all_gather_row([mode.form])])
 
-    def _keep(self, kind: Kind, variant: Variant) -> None:
+    def _numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Number, float]:
+        """The numbers, of those that were seen to change, that the model is given now."""
+        return self._changing.values(self.model, flatten((args, kwargs))[2].constants())
+
+    def _all_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Number, float]:
+        """All numbers that the model is given or finds now."""
+        constants = flatten((args, kwargs))[2].constants()
+        names = argument_names(self.model, [".".join(map(str, path)) for path in constants])
+        given = numbers_in(constants, names)
+        return given | self._form.numbers(self._whole) | self._numbers(args, kwargs)
+
+    def _promote(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether more numbers are seen to change, so that any value of them is alike; collective.
+
+        That is found out before the model is captured again.
+        """
+        now = self._all_numbers(args, kwargs)
+        news = self._changing.notice(self.comm, now, self._form.changed())
+        if news:
+            self._form.release(self._changing.numbers)
+        return news
+
+    def _keep(
+        self, kind: Kind, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Keeps a variant; what it tells about attributes counts from now on; collective.
 
         Those of parts that it leaves whole do not count.
@@ -339,6 +370,7 @@ class Deployment:
         self._form.agreed()
         mode = kind.mode.together([form for (form,) in forms])
         self._variants.add(dataclasses.replace(kind, mode=mode), variant)
+        self._changing.account(self.comm, variant.captured, self._all_numbers(args, kwargs))
 
     def _create_groups(self, placement: _core.Placement) -> None:
         """Groups for gradients, and for what the replicas of a stage tell each other."""
@@ -364,10 +396,9 @@ class Deployment:
         def work() -> tuple[Captured, _core.Graph]:
             quiet = streams.undisturbed(self.comm.device)
             with quiet, guards.lifted(), _checkpoints.telling(), capturable_norms():
-                stated = self.output_reduction
                 gathered = self.gather and self.comm.world_size > 1
                 captured = capture_for_all(
-                    self.model, args, kwargs, rows, stated, gathered=gathered
+                    self.model, args, kwargs, rows, self._captured, gathered=gathered
                 )
             place_part_norms(captured.module, self.model)
             if self.dropout is not None:
@@ -405,17 +436,20 @@ class Deployment:
         Raises:
             MismatchError: naming what differs.
         """
-        found = (graph.fingerprint(), captured.constants(), common.digest)
+        used = captured.used_numbers
+        numbers = {n.name: repr(value) for n, value in captured.numbers.items() if n in used}
+        found = (graph.fingerprint(), captured.constants(), common.digest, numbers)
         seen = self.comm.all_gather_objects(found)
         if all(other == seen[0] for other in seen):
             return
         if all(other[:2] == seen[0][:2] for other in seen):
+            refuse_other_numbers(self.comm, numbers)
             common.refuse(self.comm, lambda paths: argument_names(self.model, paths))
         told = self._form.differences(self.comm)
         if not told and any(other[0] != seen[0][0] for other in seen):
             told = first_difference(self.comm, graph)
         elif not told:
-            names = {name for _, own, _ in seen for name, _ in own.items() ^ seen[0][1].items()}
+            names = {name for _, own, *_ in seen for name, _ in own.items() ^ seen[0][1].items()}
             differing = min(names).removeprefix("model.")
             told = f"the tensor `{differing}` holds other values on each"
         raise MismatchError(
@@ -471,6 +505,16 @@ class Deployment:
             self._warned.add("batch")
             reason = graph.unsplittable_reason or ""
             logger.warning("%s", unsplit(captured, reason, self.model))
+
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+        return capture(
+            self.model,
+            args,
+            kwargs,
+            output_reduction=self.output_reduction,
+            numbers=self._numbers(args, kwargs),
+            deciding=self._changing.deciding,
+        )
 
     def _build(self, captured: Captured, graph: _core.Graph, placement: _core.Placement) -> Variant:
         stages = {

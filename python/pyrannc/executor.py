@@ -61,6 +61,7 @@ class Step:
         denominators: what the rewritten mean losses divide by, summed over all ranks.
         training: whether a backward may follow.
         seed: what its random numbers come from.
+        numbers: among what the model is given, by their names in the graph.
         buffers: what becomes of the buffers.
         companions: who runs the same microbatch of a stage, where the stage has to know.
         slots: tensors in assembly.
@@ -71,6 +72,7 @@ class Step:
     denominators: Sequence[torch.Tensor]
     training: bool
     seed: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
     buffers: BufferUpdates = field(default_factory=BufferUpdates)
     companions: Mapping[tuple[int, int], list[int]] = field(default_factory=dict)
     slots: dict[Slot, torch.Tensor] = field(default_factory=dict)
@@ -201,7 +203,7 @@ class Executor:
         row_share = action.rows / max(step.total_rows, 1)
         with torch.set_grad_enabled(step.training):
             copies = {name: written[name] for name in unit.written}
-            outputs = unit(inputs, action.rows, row_share, step.denominators, copies)
+            outputs = unit(inputs, action.rows, row_share, step.denominators, copies, step.numbers)
         values.update({value: tensor.detach() for value, tensor in outputs.items()})
         if not step.training:
             return _InFlight({}, {})

@@ -19,6 +19,7 @@ from ._strides import in_order
 from ._structure import flatten
 from ._wrapper import not_looked_into
 from .capture import argument_names, batch_size, input_signature
+from .changing import refuse_other_numbers
 from .companions import companions
 from .deployment import Deployment
 from .errors import MismatchError, RaNNCError
@@ -31,7 +32,7 @@ from .scaling import LossScale
 from .variants import Kind, Mode, Variant
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +87,13 @@ class Runtime(Deployment):
             )
         given = variant.captured.flatten_inputs(args, kwargs)
         inputs = [tensor.to(self.comm.device) for tensor in given]
+        numbers = variant.captured.named_numbers(self._numbers(args, kwargs))
         step = Step(
             arrival.total,
-            self._denominators(variant, inputs, arrival),
+            self._denominators(variant, inputs, arrival, numbers),
             arrival.training,
             arrival.seed,
+            numbers,
         )
         if variant.executor.streams.needed:
             streams.advance()
@@ -119,7 +122,7 @@ class Runtime(Deployment):
             sources = [sources_of(tensor) for tensor in given]
             finish = Finish(self, variant, program, step, arrival, sources, reduce, scale)
             outputs = finish.attach(inputs, outputs)
-        variant.captured.left.apply(self.model)
+        variant.captured.left.apply(self.model, numbers)
         if self.gather or self.comm.rank == 0:
             variant.captured.change_arguments(args, kwargs, outputs)
         return variant.captured.unflatten_outputs(outputs)
@@ -142,10 +145,12 @@ class Runtime(Deployment):
         """Tells the other ranks what this one was called with, and hears what they were."""
         problem: Exception | None = None
         signature, rows, mode, common = "", 0, Mode(b"", b""), CommonValues({})
+        numbers: dict[str, str] = {}
         try:
             mode = self._mode()
             hooks.check_parameter_hooks(self.local_parameters())
-            signature = input_signature(args, kwargs)
+            signature = input_signature(args, kwargs, self._changing.arguments)
+            numbers = self._changing.compared(self._numbers(args, kwargs))
             tensors, paths, _ = flatten((args, kwargs))
             check_data(tensors, "an argument")
             rows = batch_size(tensors)
@@ -159,11 +164,13 @@ class Runtime(Deployment):
         gradients = int(training) + int(delayed)
         scale = self.loss_scale.to_bits() if self.deployed else 0
         flags = [int(self.sharding.changed), common.digest, int(problem is not None)]
-        header = [digest(signature), mode.digest, gradients, rows, streams.seed_now(), scale]
+        told = digest(signature + str(numbers))
+        header = [told, mode.digest, gradients, rows, streams.seed_now(), scale]
         headers = meet(self.comm, "model(...)", [*header, mode.form, *flags])
         if any(failed for *_, failed in headers):
             agree(self.comm, "read the model's inputs", lambda: _raise(problem))
         if any(other[:3] != headers[0][:3] for other in headers):
+            refuse_other_numbers(self.comm, numbers)
             self._explain_mismatch(signature, mode, training=training, delayed=delayed)
         if any(other[8] != headers[0][8] for other in headers):
             common.refuse(self.comm, lambda paths: argument_names(self.model, paths))
@@ -213,13 +220,19 @@ class Runtime(Deployment):
             ]
 
     def _denominators(
-        self, variant: Variant, inputs: Sequence[torch.Tensor], arrival: Arrival
+        self,
+        variant: Variant,
+        inputs: Sequence[torch.Tensor],
+        arrival: Arrival,
+        numbers: Mapping[str, float],
     ) -> list[torch.Tensor]:
         counts = variant.captured.denominators
         if not counts:
             return []
         if arrival.rows[self.comm.rank] > 0:
-            local = torch.stack([count(inputs).to(torch.float64).reshape(()) for count in counts])
+            local = torch.stack(
+                [count(inputs, numbers).to(torch.float64).reshape(()) for count in counts]
+            )
         else:
             local = torch.zeros(len(counts), dtype=torch.float64, device=self.comm.device)
         with self.comm.guard("adding up the denominators of the loss"):

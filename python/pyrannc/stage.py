@@ -58,6 +58,7 @@ class StageModule:
         row_share: float = 1.0,
         denominators: Sequence[torch.Tensor] = (),
         written: Mapping[str, torch.Tensor] | None = None,
+        numbers: Mapping[str, float] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Runs the operators.
 
@@ -68,13 +69,17 @@ class StageModule:
             denominators: the whole batch's denominators, see `Captured.denominators`.
             written: what to write to in place of the buffers of these names, by default the
                 buffers themselves.
+            numbers: of the call, see `Captured.named_numbers`.
         """
+        given_numbers = numbers or {}
         extras: list[object] = []
         for name in self._extras:
             if name == "rows":
                 extras.append(rows)
             elif name == "row_share":
                 extras.append(row_share)
+            elif name in given_numbers:
+                extras.append(given_numbers[name])
             else:
                 given = denominators[int(name.removeprefix("denominator_"))]
                 extras.append(given.to(self._denominator_dtypes[name]))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from . import _core
+    from ._numbers import Number
     from .accumulation import Reduction
     from .buffers import Announcement
     from .capture import Captured
@@ -206,11 +207,13 @@ class Kind:
         signature: of the arguments.
         mode: of the model.
         rows: of the global batch, for a variant that serves only this number of them.
+        guards: what is true of the numbers that it is given.
     """
 
     signature: str
     mode: Mode
     rows: int | None = None
+    guards: tuple[str, ...] = ()
 
 
 class Variants:
@@ -221,25 +224,31 @@ class Variants:
         self._recent: Recent[Kind, Variant] = Recent(MOST_VARIANTS)
         self._row_inputs: Recent[tuple[str, Mode], frozenset[int]] = Recent(MOST_VARIANTS)
 
-    def find(self, kind: Kind, rows: int, *, with_gradients: bool) -> Variant | None:
-        """The variant for such a call with so many rows.
+    def find(
+        self, kind: Kind, rows: int, numbers: Mapping[Number, float], *, with_gradients: bool
+    ) -> Variant | None:
+        """The variant for such a call with so many rows and such numbers.
 
         Without gradients it does not matter which parameters are trained.
         """
         for wanted in (kind, replace(kind, rows=rows)):
-            found = self._recent.get(wanted)
-            if found is None and not with_gradients:
-                alike = [k for k, _ in self._recent.items() if _forward_alike(k, wanted)]
-                found = self._recent.get(alike[-1]) if alike else None
-            if found is not None:
-                return found
+            fitting = [
+                known
+                for known, variant in self._recent.items()
+                if _forward_alike(known, wanted) and variant.captured.serves(numbers)
+            ]
+            exact = [known for known in fitting if known.mode == wanted.mode]
+            if exact or (fitting and not with_gradients):
+                return self._recent.get((exact or fitting)[-1])
         return None
 
     def add(self, kind: Kind, variant: Variant) -> None:
         """Keeps a variant."""
-        holding = frozenset(variant.captured.batch_inputs)
+        captured = variant.captured
+        holding = frozenset(captured.batch_inputs)
         self._row_inputs.put((kind.signature, replace(kind.mode, form=0)), holding)
-        self._recent.put(replace(kind, rows=variant.captured.static_rows), variant)
+        kind = replace(kind, rows=captured.static_rows, guards=captured.guards)
+        self._recent.put(kind, variant)
         if self._recent.forgotten == 1:
             logger.warning(
                 "the model was called in more than %d different ways (lengths, types, modes); each "

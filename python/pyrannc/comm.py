@@ -16,22 +16,27 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from .calls import Calls
 from .errors import ExecutionError, RaNNCError
+from .last_words import STOPPED, LastWords
+from .presence import Presence, is_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from datetime import timedelta
 
     from torch._C._distributed_c10d import Store
 
 _connections = itertools.count()
+_presences: dict[Store, Presence] = {}
 _CHECK_SECONDS = 0.5
+_NO_TAG = 0x5EED  # of no message
 
 
 class _StoppedError(RuntimeError):
@@ -159,8 +164,9 @@ class _Waiter:
     arrived.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[], None], interrupt: Callable[[], None]) -> None:
         self._check = check
+        self._interrupt = interrupt
         self._needed: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
         self._sent: queue.SimpleQueue[tuple[Any, Future[None]]] = queue.SimpleQueue()
         self._last_sent: Future[None] | None = None
@@ -174,7 +180,7 @@ class _Waiter:
             thread.start()
             self._threads.append(thread)
         # A thread that still holds a message when the interpreter ends would abort the process.
-        atexit.register(self.stop)
+        atexit.register(self._end)
 
     def wait(self, work: Any) -> None:
         """Returns when ``work`` is done; raises what went wrong with it, or on another rank."""
@@ -199,11 +205,18 @@ class _Waiter:
 
     def stop(self) -> None:
         """Ends the threads, but does not wait for long if they wait for what will not come."""
-        atexit.unregister(self.stop)
+        atexit.unregister(self._end)
         for waiting in (self._needed, self._sent):
             waiting.put((None, Future()))
         for thread in self._threads:
             thread.join(_CHECK_SECONDS)
+
+    def _end(self) -> None:
+        self.stop()
+        if any(thread.is_alive() for thread in self._threads):
+            self._interrupt()
+            for thread in self._threads:
+                thread.join(_CHECK_SECONDS)
 
     def _until(self, done: Future[None]) -> None:
         while True:
@@ -267,6 +280,7 @@ class Communicator:
     calls: Calls = field(init=False)
     _failure_key: str = ""
     _failed: bool = False
+    _presence: Presence | None = None
 
     def __post_init__(self) -> None:
         """Starts at the first call."""
@@ -280,16 +294,23 @@ class Communicator:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls(0, 1, device, timeout)
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        presence = _present(rank, world_size, timeout)
         # A group of our own: tearing it down on failure wakes the others and leaves the
         # user's alone.
         world = _new_group(list(range(world_size)), timeout)
         comm = cls(rank, world_size, device, timeout, world)
+        comm._presence = presence
         number = next(_connections)
         comm._failure_key = f"pyrannc/failure/{number}"
         comm.calls = Calls(rank, _default_store(), f"pyrannc/calls/{number}")
-        atexit.register(comm.calls.end, "the end of the script")
-        comm._waiter = _Waiter(comm.check_others)
+        atexit.register(comm._end)
+        comm._waiter = _Waiter(comm.check_others, comm._interrupt)
         return comm
+
+    def begin_step(self) -> None:
+        """Takes note that the model is called."""
+        if self._presence is not None:
+            self._presence.begin_step()
 
     def create_groups(self, groups: list[list[int]]) -> None:
         """Makes the groups for later reductions. Collective, with the same list on every rank."""
@@ -339,7 +360,8 @@ class Communicator:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._world)
+        with self._explaining():
+            dist.all_gather_object(values, value, group=self._world)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -347,7 +369,8 @@ class Communicator:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._world)
+        with self._explaining():
+            dist.broadcast_object_list(box, src=0, group=self._world)
         return box[0]
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:
@@ -364,27 +387,47 @@ class Communicator:
         """Returns when ``work`` is done.
 
         Raises:
-            ExecutionError: when another rank announced its failure first.
+            ExecutionError: when another rank announced its failure first, or is gone.
             MismatchError: when another rank is in another call.
-            RuntimeError: when the connection broke or timed out.
+            RuntimeError: when the connection broke or timed out for another reason.
         """
         assert self._waiter is not None
-        if self.device.type == "cpu":
-            self._waiter.wait(work)
-        else:
-            work.wait()  # only orders the device's streams
+        with self._explaining():
+            if self.device.type == "cpu":
+                self._waiter.wait(work)
+            else:
+                work.wait()  # only orders the device's streams
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Has a connection that breaks in the body be told by who is gone."""
+        try:
+            yield
+        except _StoppedError:
+            raise
+        except Exception as error:
+            if self._presence is None or isinstance(error, RaNNCError) or not is_loss(error):
+                raise
+            self.check_others()
+            explained = self._presence.explained(error)
+            if explained is error:
+                raise
+            raise explained from None
 
     def check_others(self) -> None:
         """Raises the failure that another rank announced, if there is one."""
         store = _default_store()
         if store is not None and store.check([self._failure_key]):
             raise _StoppedError(store.get(self._failure_key).decode())
+        if self._presence is not None and store is not None and (end := self._presence.failure):
+            raise _StoppedError(_put_once(store, self._failure_key, end))
         self.calls.check()
 
     def finish_sends(self) -> None:
         """Returns when everything sent has arrived."""
         if self._waiter is not None:
-            self._waiter.wait_for_sends()
+            with self._explaining():
+                self._waiter.wait_for_sends()
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
@@ -408,7 +451,10 @@ class Communicator:
             ExecutionError: the first failure of any rank.
         """
         try:
-            yield
+            with self._explaining():
+                yield
+        except ExecutionError as error:
+            raise self.fail(error) from error.__cause__
         except Exception as error:
             own = ExecutionError(
                 f"{type(error).__name__}: {error}",
@@ -433,7 +479,7 @@ class Communicator:
         self._failed = True
         if first == str(error):
             return error
-        return ExecutionError(f"rank {self.rank} stopped because another rank failed: {first}")
+        return ExecutionError(f"rank {self.rank} {STOPPED}{first}")
 
     @property
     def failed(self) -> bool:
@@ -443,7 +489,7 @@ class Communicator:
     def close(self) -> None:
         """Closes the connections that were opened here; the default process group stays."""
         self.calls.end("model.undeploy() or pyrannc.clear()")
-        atexit.unregister(self.calls.end)
+        atexit.unregister(self._end)
         if self._waiter is not None:
             self._waiter.stop()
             self._waiter = None
@@ -454,10 +500,41 @@ class Communicator:
         if not self._failed:
             self._world = None
 
+    def _interrupt(self) -> None:
+        """Breaks the connections, which ends every wait for something on them."""
+        for group in [*self._groups.values(), self._world]:
+            if group is None or not dist.is_initialized() or self.device.type != "cpu":
+                continue
+            ranks = dist.get_process_group_ranks(group)
+            if self.rank in ranks:
+                peer = next(rank for rank in ranks if rank != self.rank)
+                # Gloo does so when a message, here one that nobody sends, is late.
+                with contextlib.suppress(RuntimeError):
+                    late = dist.irecv(torch.empty(1), peer, group=group, tag=_NO_TAG)
+                    cast("dist.Work", late).wait(timedelta(milliseconds=1))
+
+    def _end(self) -> None:
+        if self._presence is not None:
+            self.calls.end(self._presence.own_end)
+
     def _group(self, ranks: list[int] | None) -> dist.ProcessGroup | None:
         if ranks is None or len(ranks) == self.world_size:
             return self._world
         return self._groups[tuple(ranks)]
+
+
+def _present(rank: int, world_size: int, timeout: timedelta) -> Presence | None:
+    """This process among those of the default process group; collective."""
+    store = _default_store()
+    if store is None:
+        return None
+    if store not in _presences:
+        _presences.clear()
+        own = PrefixStore("pyrannc/presence", store.clone())
+        presence = _presences[store] = Presence(own, rank, world_size, timeout)
+        atexit.register(presence.leave, "came to the end of its script, or called sys.exit")
+        LastWords(presence, own, rank)
+    return _presences[store]
 
 
 def _new_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:

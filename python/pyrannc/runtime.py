@@ -76,6 +76,7 @@ class Runtime(Deployment):
                 hint="call undeploy() or clear() after the last step, or wrap a model anew",
             )
         _refuse_transforms(args, kwargs)
+        self.comm.begin_step()
         signature, arrival = self._arrive(args, kwargs)
         with torch.inference_mode(mode=False):  # what lasts must be usable in training
             mode = arrival.mode

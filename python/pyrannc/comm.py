@@ -135,13 +135,21 @@ def ensure_process_group(timeout: timedelta) -> None:
         backend = f"cpu:gloo,{device.type}:{backend}"
     store_url = f"tcp://{launch.master_address}:{launch.master_port}"
     using_torchrun = "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ
-    dist.init_process_group(
-        backend,
-        init_method="env://" if using_torchrun else store_url,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            init_method="env://" if using_torchrun else store_url,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise ExecutionError(
+            f"rank {launch.rank} could not reach all {launch.world_size} processes within "
+            f"{timeout.total_seconds():g} s: {str(error).partition(chr(10))[0]}",
+            hint="see the output of the other processes for an error of their own; each of them "
+            "must wrap the model",
+        ) from None
 
 
 def get_rank() -> int:
@@ -416,12 +424,10 @@ class Communicator:
 
     def check_others(self) -> None:
         """Raises the failure that another rank announced, if there is one."""
-        store = _default_store()
-        if store is not None and store.check([self._failure_key]):
-            raise _StoppedError(store.get(self._failure_key).decode())
-        if self._presence is not None and store is not None and (end := self._presence.failure):
-            raise _StoppedError(_put_once(store, self._failure_key, end))
-        self.calls.check()
+        if announced := self._announced():
+            raise _StoppedError(announced)
+        if self._reachable:
+            self.calls.check()
 
     def finish_sends(self) -> None:
         """Returns when everything sent has arrived."""
@@ -474,7 +480,7 @@ class Communicator:
             return error
         first = str(error)
         store = _default_store()
-        if store is not None and not self._failed:
+        if store is not None and self._reachable and not self._failed:
             first = _put_once(store, self._failure_key, first)
         self._failed = True
         if first == str(error):
@@ -500,6 +506,24 @@ class Communicator:
         if not self._failed:
             self._world = None
 
+    @property
+    def _reachable(self) -> bool:
+        """Whether the others can still be told something."""
+        return self._presence is None or self._presence.reachable
+
+    def _announced(self) -> str:
+        store = _default_store()
+        if store is None or self._presence is None or not self._reachable:
+            return ""
+        try:
+            if store.check([self._failure_key]):
+                return store.get(self._failure_key).decode()
+        except RuntimeError:  # whoever held the store is gone
+            self._presence.reachable = False
+            return ""
+        ended = self._presence.failure
+        return _put_once(store, self._failure_key, ended) if ended else ""
+
     def _interrupt(self) -> None:
         """Breaks the connections, which ends every wait for something on them."""
         for group in [*self._groups.values(), self._world]:
@@ -514,7 +538,7 @@ class Communicator:
                     cast("dist.Work", late).wait(timedelta(milliseconds=1))
 
     def _end(self) -> None:
-        if self._presence is not None:
+        if self._presence is not None and self._reachable:
             self.calls.end(self._presence.own_end)
 
     def _group(self, ranks: list[int] | None) -> dist.ProcessGroup | None:

@@ -52,8 +52,9 @@ class LastWords:
         else:
             self._before(kind, error, trace)
         # Only now, so that nobody is short before this process has printed what they refer to.
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"last_words/{self._rank}", "" if line else text)
+        if self._presence.reachable:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"last_words/{self._rank}", "" if line else text)
         _record(error)
 
     def _short(self, error: BaseException, text: str) -> str:
@@ -68,7 +69,7 @@ class LastWords:
     def _of_rank_zero(self) -> str:
         deadline = time.monotonic() + _WAIT_SECONDS
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < deadline:
+            while self._presence.reachable and time.monotonic() < deadline:
                 if self._store.check(["last_words/0"]):
                     return self._store.get("last_words/0").decode()
                 time.sleep(_POLL_SECONDS)

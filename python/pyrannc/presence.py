@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from .errors import ExecutionError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import timedelta
 
     from torch._C._distributed_c10d import Store
@@ -62,7 +63,11 @@ class Record:
 
 
 class Presence:
-    """This process among others."""
+    """This process among others.
+
+    Attributes:
+        reachable: whether whoever holds the store is still there.
+    """
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
         """Tells the others of this process, and waits for them; collective.
@@ -71,6 +76,7 @@ class Presence:
             ExecutionError: when some do not come within the time limit.
         """
         self._store, self._rank = store, rank
+        self.reachable = True
         self._own = Record(socket.gethostname(), _space(), os.getpid())
         self._telling = threading.Lock()
         self._told_at = 0.0
@@ -116,8 +122,8 @@ class Presence:
         self._left.set()
         self._own.end = how
         self._tell()
-        if failed:
-            with contextlib.suppress(RuntimeError):
+        if failed and self.reachable:
+            with self._using_store():
                 self._store.compare_set("failed", "", _told(self._rank, self._own, how))
         if self._beats:
             self._thread.join(_BEAT_SECONDS)  # it must not run when the interpreter ends
@@ -133,7 +139,7 @@ class Presence:
     @property
     def failure(self) -> str:
         """What is told of the first process that an exception ended; empty while there is none."""
-        with contextlib.suppress(RuntimeError):
+        with self._using_store():
             if self._store.check(["failed"]):
                 return self._store.get("failed").decode()
         return ""
@@ -168,16 +174,27 @@ class Presence:
 
     def _fate(self, rank: int) -> str:
         """How a process ended or was stopped; empty if it was not."""
-        with contextlib.suppress(RuntimeError):  # whoever held the store may be gone
-            self._others[rank] = self._read(rank)
+        if self.reachable:
+            with self._using_store():
+                self._others[rank] = self._read(rank)
         one = self._others[rank]
+        one.step = max(one.step, self._own.step - 1)  # all meet in every step
         fate = one.end
         if not fate and one.space == self._own.space:
             fate = _FATES.get(_state(one.pid), "")
         return _told(rank, one, fate) if fate else ""
 
+    @contextlib.contextmanager
+    def _using_store(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            self.reachable = False
+
     def _tell(self) -> None:
-        with self._telling, contextlib.suppress(RuntimeError):
+        if not self.reachable:
+            return
+        with self._telling, self._using_store():
             self._own.beat += 1
             self._told_at = time.monotonic()
             self._store.set(_key(self._rank), json.dumps(asdict(self._own)))

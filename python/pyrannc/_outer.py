@@ -21,11 +21,12 @@ from . import _watched
 from ._places import GONE, Absent, Root, is_container, is_plain, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _MOST_FUNCTIONS = 2000
 _MOST_ITEMS = 1000
 _SIZED = (list, dict, set, deque)
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
 _NOT_LOOKED_INTO = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy", "pyrannc"}
 
 
@@ -111,25 +112,61 @@ def outer_roots(model: torch.nn.Module) -> list[Name]:
 
 def _names_of(model: torch.nn.Module) -> list[Name]:
     kinds = [kind for kind in _classes_of(model) if not _is_foreign(kind)]
-    names = [Name(name, kind) for kind in kinds for name in vars(kind) if name[:2] != "__"]
-    waiting = list(_functions_of(model, kinds))
+    search = _Search(Name(name, kind) for kind in kinds for name in vars(kind) if name[:2] != "__")
+    for function in _functions_of(model, kinds):
+        search.take(function)
     for hook in _hooks_of(model):
-        _take_apart(hook, names, waiting)
-    found = dict.fromkeys(names)
-    seen = {id(function) for function in waiting}
-    while waiting and len(seen) < _MOST_FUNCTIONS:
-        for name in _names_in(waiting.pop()):
-            value = name.value
-            if isinstance(value, (types.MethodType, functools.partial)):
-                held: list[Name] = []
-                _take_apart(value, held, waiting)
-                found |= dict.fromkeys(held)
-            elif not isinstance(value, types.FunctionType):
-                found[name] = None
-            elif id(value) not in seen and not _is_foreign(value):
-                seen.add(id(value))
-                waiting.append(value)
-    return list(found)
+        search.take(hook)
+    return search.all_names()
+
+
+class _Search:
+    """Goes through code, what it names, and what that names in turn."""
+
+    def __init__(self, names: Iterable[Name]) -> None:
+        self._names = dict.fromkeys(names)
+        self._seen: set[int] = set()
+        self._waiting: list[types.FunctionType] = []
+
+    def all_names(self) -> list[Name]:
+        """The names that all code taken so far may look up."""
+        while self._waiting and len(self._seen) < _MOST_FUNCTIONS:
+            for name in _names_in(self._waiting.pop()):
+                value = name.value
+                if isinstance(value, _CODE):
+                    self.take(value)
+                    continue
+                self._names[name] = None
+                if isinstance(value, (dict, list, tuple)) and len(value) <= _MOST_ITEMS:
+                    for item in leaves(value):  # such as functions by name
+                        if isinstance(item, _CODE):
+                            self.take(item)
+        return list(self._names)
+
+    def take(self, part: Any) -> None:
+        """Takes a function, or something that is called and what it consists of."""
+        if id(part) in self._seen:
+            return
+        self._seen.add(id(part))
+        if isinstance(part, functools.partial):
+            parts = [part.func, *part.args, *part.keywords.values()]
+        elif isinstance(part, types.MethodType):
+            parts = [part.__self__, part.__func__]
+        elif isinstance(part, types.BuiltinMethodType):  # such as `list.append` of one
+            parts = [part.__self__]
+        elif isinstance(part, types.FunctionType):
+            if _is_foreign(part):
+                return
+            self._waiting.append(part)
+            parts = [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values()]
+        elif isinstance(part, (torch.nn.Module, types.ModuleType, type)):
+            return
+        else:
+            parts = [getattr(type(part), "__call__", None)]  # noqa: B004 - of the class, not bound
+            self._names[Name(type(part).__name__, _Hook(part))] = None
+            parts = [call for call in parts if isinstance(call, types.FunctionType)]
+        for inner in parts:
+            self.take(inner)
 
 
 def _hooks_of(model: torch.nn.Module) -> Iterator[Any]:
@@ -138,29 +175,6 @@ def _hooks_of(model: torch.nn.Module) -> Iterator[Any]:
             yield from hooks.values()
     yield from module_hooks._global_forward_pre_hooks.values()
     yield from module_hooks._global_forward_hooks.values()
-
-
-def _take_apart(hook: Any, names: list[Name], waiting: list[types.FunctionType]) -> None:
-    """Adds what a hook holds to `names`, and the functions that it consists of to `waiting`."""
-    if isinstance(hook, functools.partial):
-        for part in (hook.func, *hook.args, *hook.keywords.values()):
-            _take_apart(part, names, waiting)
-    elif isinstance(hook, types.MethodType):
-        _take_apart(hook.__self__, names, waiting)
-        _take_apart(hook.__func__, names, waiting)
-    elif isinstance(hook, types.FunctionType):
-        if not _is_foreign(hook):
-            waiting.append(hook)
-            defaults = [*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
-            for part in defaults:
-                _take_apart(part, names, waiting)
-    elif isinstance(hook, types.BuiltinMethodType):  # such as `list.append` of one
-        _take_apart(hook.__self__, names, waiting)
-    elif not isinstance(hook, (torch.nn.Module, types.ModuleType, type)):
-        called = getattr(type(hook), "__call__", None)  # noqa: B004 - of the class, not bound
-        if isinstance(called, types.FunctionType) and not _is_foreign(called):
-            waiting.append(called)
-        names.append(Name(type(hook).__name__, _Hook(hook)))
 
 
 def _classes_of(model: torch.nn.Module) -> dict[type, None]:

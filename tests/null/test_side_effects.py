@@ -35,6 +35,7 @@ FACTOR = 1.0
 CALLS = 0
 LOGGED: list[Any] = []
 ONCE: float | None = None
+HANDLERS: dict[str, Callable[[], float]] = {"factor": lambda: FACTOR}
 
 
 class Meter:
@@ -673,6 +674,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "kind of number": (lambda m: setattr(m, "count", Level(3)), lambda m: 1 + m.count),
     "unwatched": (lambda m: setattr(m.sealed, "count", 3), lambda m: 1 + m.sealed.count),
     "global": (lambda m: globals().update(FACTOR=2.0), lambda m: FACTOR),
+    "global of a function in a table": (
+        lambda m: globals().update(FACTOR=2.0), lambda m: HANDLERS["factor"]()
+    ),
     "other file": (lambda m: setattr(layouts, "FACTOR", 2.0), lambda m: layouts.FACTOR),
     "class": (lambda m: setattr(type(m), "calls", 2), lambda m: m.calls + 1),
 }  # fmt: skip

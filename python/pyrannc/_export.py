@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import io
-import logging
 import re
-import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch.export import Dim
-from torch.export.graph_signature import InputKind, OutputKind
 
 from ._autocast import no_autocast
 from ._culprit import Caught, CustomBackward, Sites, Tracker, undisturbed
+from ._exporter_call import exported
 from ._flat import module_path
 from ._flat_model import FlatModel
-from ._lazy import compiled_when_called
 from ._left import Outcome, Results, Settling
 from ._numbers import PinnedError, Symbolic, check_independent
 from ._obstacles import DRAWS, SIZES, Obstacle, is_by_content, place_of, reason_of, unknown_numbers
@@ -33,19 +27,16 @@ from ._side_effects import Left
 from ._sizes import ROWS, Symbols, expression_text, number_name, size
 from ._snapshot import Changes
 from ._strides import order_of, ordered
-from ._transforms import transforms_seen
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from ._arguments import ArgumentChanges
     from ._numbers import Number
     from ._opaque import Opaque
     from ._places import Place
     from ._structure import Structure
-
-_STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,14 +286,14 @@ class _Exporter:
             with contextlib.suppress(RealNeededError), traced_once(views=views) as repeats:
                 try:
                     with self.sites.standing_in(tracker.running), tracker.watching():
-                        return _exported(self._flat, tensors, candidates)
+                        return exported(self._flat, tensors, candidates)
                 except Exception as failure:
                     known = isinstance(failure, Caught) or is_by_content(failure)
                     if known or not repeats.any or _known_cause(failure) is not None:
                         raise
                     raise RealNeededError from failure
         with self.sites.standing_in(tracker.running), tracker.watching():
-            return _exported(self._flat, tensors, candidates)
+            return exported(self._flat, tensors, candidates)
 
     def _copies(self, tensors: list[torch.Tensor], rows: int) -> list[torch.Tensor]:
         return [
@@ -525,67 +516,6 @@ def row_dims_by_size(tensors: list[torch.Tensor], rows: int) -> dict[int, int]:
     return found
 
 
-def _exported(
-    flat: FlatModel, tensors: list[torch.Tensor], candidates: dict[int, int]
-) -> tuple[fx.GraphModule, dict[str, Any]]:
-    shapes = tuple(
-        {candidates[i]: Dim.AUTO} if i in candidates else None for i in range(len(tensors))
-    )
-    with (
-        _quiet(),
-        flat.without_hooks(),
-        _same_attributes(flat),
-        torch.enable_grad(),
-        no_autocast(),
-        _regions_in_line(),
-        compiled_when_called(),
-        _without_places(),
-        transforms_seen(),
-    ):
-        program = torch.export.export(
-            flat, tuple(tensors), strict=False, dynamic_shapes={"tensors": shapes}
-        )
-        return _unlifted(program)
-
-
-@contextlib.contextmanager
-def _same_attributes(model: torch.nn.Module) -> Iterator[None]:
-    """Has modules hold the same objects after the body: the exporter leaves copies."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.update(attributes)
-
-
-def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """The program's graph with parameters and buffers as attributes, and these by their names.
-
-    `ExportedProgram.module` would copy the graph several times to make it callable.
-    """
-    signature = program.graph_signature
-    kinds: set[Any] = {spec.kind for spec in signature.input_specs}
-    kinds |= {spec.kind for spec in signature.output_specs}
-    if kinds - {*_STATE, InputKind.USER_INPUT, OutputKind.USER_OUTPUT}:
-        return program.module(), {}
-    state: dict[str, Any] = {}
-    graph = program.graph_module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, spec in zip(placeholders, signature.input_specs, strict=True):
-        if spec.kind is InputKind.USER_INPUT:
-            continue
-        target = str(spec.target)
-        found = program.constants if target in program.constants else program.state_dict
-        state[target] = found[target]
-        with graph.inserting_before(node):
-            attribute = graph.create_node("get_attr", target)
-        attribute.meta = node.meta
-        node.replace_all_uses_with(attribute)
-        graph.erase_node(node)
-    return program.graph_module, state
-
-
 def _text(module: fx.GraphModule, state: dict[str, Any]) -> str:
     """A text that is equal for programs that compute the same, in the same order."""
     lines = [f"{node.name} {node.op} {node.target} {node.args}" for node in module.graph.nodes]
@@ -634,47 +564,3 @@ def _restriction(module: fx.GraphModule, symbols: set[sympy.Symbol]) -> str | No
         if not all(size(rows, text) for rows in range(2, 130)):
             return f"the model decides by the batch size: `{text}`"
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's remarks about its own work from the user."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def _regions_in_line() -> Iterator[None]:
-    """Has `no_grad` and `autocast` regions shown by where they begin and end.
-
-    The exporter's passes that make nested graphs of them lose a `no_grad` inside an `autocast`.
-    Without these passes (which other versions of torch may have elsewhere) all works alike but for
-    that.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in ("replace_set_grad_with_hop_pass", "replace_autocast_with_hop_pass"):
-            try:
-                module = importlib.import_module(f"torch._export.passes.{name}")
-                original = getattr(module, name)
-            except (ImportError, AttributeError):
-                continue
-            setattr(module, name, lambda program, signature: (program, signature))
-            stack.callback(setattr, module, name, original)
-        yield
-
-
-@contextlib.contextmanager
-def _without_places() -> Iterator[None]:
-    """Keeps the exporter from noting where in the source each operator was called."""
-    before = fx.config.do_not_emit_stack_traces
-    fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx.config.do_not_emit_stack_traces = before

@@ -51,7 +51,7 @@ from .scaling import LossScale
 from .sharding import Sharding
 from .stage import Stage
 from .unused import refuse_unused
-from .variants import Kind, Mode, Variant, Variants, holders_beyond
+from .variants import Kind, Mode, Variant, Variants, holders_beyond, in_mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -185,7 +185,7 @@ class Deployment:
     ) -> tuple[Captured, _core.Graph, Kind]:
         """The model as it trains; as it is now if it cannot be called so when it trains."""
         try:
-            with _in_mode(self.model, training=True):
+            with in_mode(self.model, training=True):
                 return self._capture_kind(args, kwargs, signature, rows)
         except MismatchError:
             raise
@@ -587,18 +587,3 @@ class Deployment:
     def whole_here(self) -> bool:
         """Whether this rank holds all of the model."""
         return not self._remote and not any(name in self.sharding for name in self.parameters)
-
-
-@contextlib.contextmanager
-def _in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
-    """Puts every module into one mode and gives each its own back."""
-    modes = {module: module.training for module in model.modules()}
-    if modes[model] == training:
-        yield
-        return
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

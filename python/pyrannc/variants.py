@@ -8,6 +8,7 @@ first time and nothing afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from ._reach import reach
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -287,3 +288,18 @@ def holders_beyond(
         name: sorted(set(ranks) - set(held[name])) for name, ranks in needed.items() if name in held
     }
     return {name: ranks for name, ranks in beyond.items() if ranks}
+
+
+@contextlib.contextmanager
+def in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Puts every module into one mode and gives each its own back."""
+    modes = {module: module.training for module in model.modules()}
+    if modes[model] == training:
+        yield
+        return
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

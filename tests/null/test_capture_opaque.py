@@ -303,8 +303,8 @@ def test_a_part_that_writes_to_other_buffers_later_is_refused() -> None:
 
 def test_all_parts_of_a_kind_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     exports = []
-    original = _export._exported
-    monkeypatch.setattr(_export, "_exported", lambda *a: [exports.append(1), original(*a)][1])
+    original = _export.exported
+    monkeypatch.setattr(_export, "exported", lambda *a: [exports.append(1), original(*a)][1])
     model = nn.Sequential(*(Around(Deciding()) for _ in range(6)))
     captured = capture(model, (torch.randn(6, 8),))
     assert len(captured.obstacles) == 6

@@ -142,13 +142,13 @@ def test_a_derivative_inside_the_forward(monkeypatch: pytest.MonkeyPatch) -> Non
             return slope
 
     tries = []
-    original = _export._exported
+    original = _export.exported
 
     def counted(*arguments: object) -> object:
         tries.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(_export, "_exported", counted)
+    monkeypatch.setattr(_export, "exported", counted)
     model, x = Model(torch.tanh), torch.randn(4, 6)
     found = capture(model, (x,)).graph_json
     # As exporting did not work with made results, it was tried without.

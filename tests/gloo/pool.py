@@ -92,10 +92,14 @@ class Pools:
         self, world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 50
     ) -> list[Any | Failure]:
         """By rank, what ``function(*args)`` returned or how it failed."""
+        return self.started(world_size).outcomes_of(function, args, seconds)
+
+    def started(self, world_size: int) -> Pool:
+        """The pool with so many processes, all of them up."""
         pool = self._pools.get(world_size)
         if pool is None or not pool.alive:
             pool = self._pools[world_size] = Pool(world_size)
-        return pool.outcomes_of(function, args, seconds)
+        return pool
 
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 50

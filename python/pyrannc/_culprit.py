@@ -63,12 +63,12 @@ class Tracker:
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         del args
         self._note_draws()
-        self.running.append(_itself(module))
+        self.running.append(itself(module))
 
     def _leave(self, module: torch.nn.Module, args: Any, result: Any) -> None:
         del args, result
         self._note_draws()
-        while self.running and self.running.pop() is not _itself(module):
+        while self.running and self.running.pop() is not itself(module):
             pass
 
     def _note_draws(self) -> None:
@@ -80,7 +80,7 @@ class Tracker:
         self._drawn = now
 
 
-def _itself(module: torch.nn.Module) -> torch.nn.Module:
+def itself(module: torch.nn.Module) -> torch.nn.Module:
     """The module that the exporter has another one stand for, if it has several names."""
     standing_in = getattr(proxy_tensor, "_AttrProxy", ())
     return module.get_base() if isinstance(module, standing_in) else module

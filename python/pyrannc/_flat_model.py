@@ -12,6 +12,7 @@ import torch
 from torch.nn.modules import module as module_hooks
 
 from ._arguments import ArgumentChanges, Arguments, written_with_gradient
+from ._culprit import itself
 from ._outer import outer_roots
 from ._places import Unreturned
 from ._snapshot import Changes, Snapshot
@@ -129,7 +130,7 @@ class FlatModel(torch.nn.Module):
 
 
 def _only_for(modules: set[torch.nn.Module], hook: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, *args: hook(module, *args) if module in modules else None
+    return lambda module, *args: hook(module, *args) if itself(module) in modules else None
 
 
 def _unreturned(path: str, result: Any) -> Unreturned:

@@ -9,6 +9,7 @@ runs in the same order every time, it is that order.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -193,8 +194,10 @@ def _place_constants(operators: list[fx.Node], registered: Container[str]) -> No
     read = dict.fromkeys(n for one in operators for n in one.all_input_nodes if n.op == "get_attr")
     constants = [n for n in read if is_value(n) and state_name(n) not in registered]
     made = [(node, stem) for node in constants if (stem := _stem(node))]
-    for number, (node, stem) in enumerate(made):
-        node.meta["state"] = f"{stem}{number}"
+    numbers = itertools.count()
+    for node, stem in made:
+        free = (name for number in numbers if (name := f"{stem}{number}") not in registered)
+        node.meta["state"] = next(free)
     for node in constants:
         operators[0].prepend(node)
 

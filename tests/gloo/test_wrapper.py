@@ -163,7 +163,9 @@ def set_attributes() -> None:
         found, expected = wrapped(share(batch())), bare(batch())
         torch.testing.assert_close(found, share(expected), rtol=1e-12, atol=1e-12)
     model.scale = 1.5 + pyrannc.get_rank()
-    with pytest.raises(pyrannc.MismatchError, match="attributes and hooks"):
+    with pytest.raises(
+        pyrannc.MismatchError, match=r"`scale` is 1\.5 on rank 0 and 2\.5 on rank 1"
+    ):
         wrapped(share(batch()))
     model.scale = 2.0
     with pytest.raises(RaNNCError, match="`last` cannot be set"):

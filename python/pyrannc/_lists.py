@@ -94,7 +94,7 @@ def _runs_with_more_rows(
     for position in captured.batch_inputs.keys() & set(inside):
         dim = captured.batch_inputs[position]
         more[position] = repeated(tensors[position], dim, tensors[position].shape[dim] + 1)
-    return _run(model, *structure.build(more)) is not None
+    return _run(model, structure, more) is not None
 
 
 def _takes_any_number(
@@ -102,8 +102,8 @@ def _takes_any_number(
 ) -> bool:
     """Whether the model makes something else of a list with each item twice."""
     twice = Structure(part.kind, part.value, (), part.children * 2)
-    once = _run(model, *structure.build(tensors))
-    other = _run(model, *_replaced(structure, part, twice).build(tensors))
+    once = _run(model, structure, tensors)
+    other = _run(model, _replaced(structure, part, twice), tensors)
     if once is None or other is None:
         return False
     return len(once) != len(other) or not all(
@@ -120,9 +120,10 @@ def _replaced(structure: Structure, part: Structure, by: Structure) -> Structure
 
 
 def _run(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: torch.nn.Module, structure: Structure, tensors: list[torch.Tensor]
 ) -> list[torch.Tensor] | None:
-    """The tensors that the model gives, or nothing if it fails."""
+    """The tensors that the model gives for copies of these, or nothing if it fails."""
+    args, kwargs = structure.build([tensor.detach().clone() for tensor in tensors])
     with unchanged(model), undisturbed(model):
         torch.manual_seed(0)
         try:

@@ -3,7 +3,6 @@ The Rust half of RaNNC.
 """
 
 from _typeshed import SupportsGetItem
-from collections.abc import Sequence
 from os import PathLike
 from typing import SupportsFloat, SupportsIndex, final
 
@@ -422,13 +421,13 @@ class ValueInfo:
         How it depends on the rows of the batch: `split`, `sum`, or `whole`.
         """
 
-def canonical_order(steps: Sequence[tuple[Sequence[tuple[SupportsIndex, bool]], str, Sequence[SupportsIndex], Sequence[SupportsIndex]]]) -> list[int]:
+def canonical_order(steps: SupportsGetItem[int, tuple[SupportsGetItem[int, tuple[SupportsIndex, bool]], str, SupportsGetItem[int, SupportsIndex], SupportsGetItem[int, SupportsIndex]]]) -> list[int]:
     """
     The positions of operators in the order that does not depend on when they ran.
 
     `steps` are in an order in which they can run, each with its place in the program (numbers of the
-    calls and loops around it, and whether they are loops), a label, the positions of what it reads,
-    and those of what else it must follow.
+    calls and loops around it, and whether they are loops), a label, the
+    positions of what it reads, and those of what else it must follow.
     """
 
 def plan(graph: Graph, cluster: str, *, profile_json: str | None = None, batch_size: SupportsIndex, optimizer_state_factor: SupportsFloat | SupportsIndex = 2.0, partition_num: SupportsIndex = 0, replica_num: SupportsIndex = 0, pipeline_num: SupportsIndex = 0, min_pipeline: SupportsIndex = 1, max_pipeline: SupportsIndex = 512, max_partition_num: SupportsIndex = 32, mem_limit_gb: SupportsFloat | SupportsIndex = 0.0, mem_margin: SupportsFloat | SupportsIndex = 0.1, schedule: str = "auto", recompute: bool = True, sharding: str = "none", least_sharding: str = "none", progress: bool = False) -> Plan:
